@@ -1,0 +1,1 @@
+"""Where private histories live: pools and local training."""

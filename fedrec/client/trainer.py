@@ -1,0 +1,98 @@
+"""The one local loop: a client fine-tunes its copy of the model by plain SGD. `vectorised` is its batched twin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedrec.data.batches import Batch, Cohort, draw
+from fedrec.models.recommender import Recommender, to_torch
+from fedrec.protocol.task import LocalTraining
+from fedrec.random import Key
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What c clients learnt: new minus old parameters, before clipping.
+
+    Attributes:
+        dense: name to [c, *shape] differences of whole parameters.
+        rows: [c, r] numbers of the item rows that each client touched; padding repeats row 0 with a zero difference.
+        sparse: name to [c, r, *shape] differences of those rows.
+        loss: [c] loss of the first step, before anything was learnt.
+    """
+
+    dense: Tensors
+    rows: Tensor
+    sparse: Tensors
+    loss: Tensor
+
+    def norms(self) -> NDArray[np.float64]:
+        """Return [c] L2 norms over all tensors."""
+        parts = [*self.dense.values(), *self.sparse.values()]
+        squares = torch.stack([part.flatten(1).square().sum(1, dtype=torch.float64) for part in parts])
+        norms: NDArray[np.float64] = squares.sum(0).sqrt().numpy()
+        return norms
+
+    def add_to(self, totals: Tensors, factors: NDArray[np.float32]) -> None:
+        """Add ``factors @ differences`` to the whole-table `totals`; a factor of 0 leaves the client out, NaN or not."""
+        keep = torch.from_numpy(np.flatnonzero(factors))
+        weight = torch.from_numpy(factors)[keep]
+        for name, part in self.dense.items():
+            totals[name] += torch.tensordot(weight, part[keep], 1)
+        for name, part in self.sparse.items():
+            weighted = part[keep] * weight.view(-1, *[1] * (part.dim() - 1))
+            totals[name].index_add_(0, self.rows[keep].flatten(), weighted.flatten(0, 1))
+
+    def client_params(self, shared: Tensors, place: int) -> Tensors:
+        """Return the whole parameters that one client ended with."""
+        own = {name: value.clone() for name, value in shared.items()}
+        for name, part in self.dense.items():
+            own[name] += part[place]
+        for name, part in self.sparse.items():
+            own[name].index_add_(0, self.rows[place], part[place])
+        return own
+
+
+def step_batches(
+    cohort: Cohort, model: Recommender, local: LocalTraining, key: Key
+) -> list[Batch[NDArray[Any]]]:
+    """Return the batches of every local step; both twins train on exactly these."""
+    return [draw(cohort, model.spec, model.n_items, key.child("step", step)) for step in range(local.steps)]
+
+
+def train_each(model: Recommender, cohort: Cohort, local: LocalTraining, key: Key) -> Trained:
+    """Train each client on its own, one after the other: the slow twin, readable as what a device does.
+
+    Args:
+        model: holds the shared parameters; not changed.
+        cohort: the c clients and their windows.
+        local: steps and learning rate.
+        key: of this round.
+    """
+    shared = {name: value.detach().clone() for name, value in model.named_parameters()}
+    deltas: list[Tensors] = []
+    losses: list[Tensor] = []
+    for place in range(len(cohort)):
+        batches = [to_torch(b) for b in step_batches(cohort.take(slice(place, place + 1)), model, local, key)]
+        own = {name: value.clone().requires_grad_() for name, value in shared.items()}
+        kept = {name: value.requires_grad_() for name, value in model.local_start(batches[0]).items()}
+        for step, batch in enumerate(batches):
+            loss = torch.func.functional_call(model, own, (batch, kept)).sum()
+            tensors = [*own.values(), *kept.values()]
+            gradients = torch.autograd.grad(loss, tensors, materialize_grads=True)
+            with torch.no_grad():
+                for tensor, gradient in zip(tensors, gradients, strict=True):
+                    tensor -= local.learning_rate * gradient
+            if step == 0:
+                losses.append(loss.detach())
+        deltas.append({name: own[name].detach() - shared[name] for name in shared})
+    dense = {name: torch.stack([delta[name] for delta in deltas]) for name in shared}
+    return Trained(dense, torch.zeros(len(cohort), 0, dtype=torch.int64), {}, torch.stack(losses))

@@ -1,0 +1,1 @@
+"""Interactions, items, and how they are cut, cleaned and fetched."""

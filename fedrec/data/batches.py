@@ -1,0 +1,172 @@
+"""Padded batches cut from histories, in NumPy, for many clients at once.
+
+What a client draws depends on its own number and the key only, so one client alone and a thousand together draw the
+same. Sequences are left-aligned; `START` stands before the first interaction; padding is 0 and masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedrec.data.log import InteractionLog
+from fedrec.random import Key
+
+START = -1
+
+T = TypeVar("T")
+Ints = NDArray[np.int64]
+
+
+class Histories(NamedTuple, Generic[T]):
+    """What b people did so far: `items` [b, L] item numbers (`START` first where the model asks for it), `mask` [b, L]."""
+
+    items: T
+    mask: T
+
+
+class Batch(NamedTuple, Generic[T]):
+    """What one local step of b people looks at.
+
+    Attributes:
+        inputs: [b, L] item numbers known before the targets, or `START`.
+        input_mask: [b, L] true where `inputs` is not padding.
+        targets: [b, T] item numbers to predict; position t of a causal model follows input t.
+        target_mask: [b, T] true where a target counts.
+        negatives: [b, N] uniform item numbers, N may be 0.
+        seeds: [b] integers that seed the dropout of each person.
+    """
+
+    inputs: T
+    input_mask: T
+    targets: T
+    target_mask: T
+    negatives: T
+    seeds: T
+
+
+@dataclass(frozen=True)
+class BatchSpec:
+    """What a model wants to see.
+
+    Attributes:
+        kind: "causal": inputs shifted against targets; "pairs": the whole history beside sampled targets.
+        length: the longest input.
+        windows: for "causal", the newest stretch of a history or a random one.
+        targets: for "pairs", how many targets.
+        negatives: how many negatives.
+    """
+
+    kind: Literal["causal", "pairs"]
+    length: int
+    windows: Literal["last", "random"] = "last"
+    targets: int = 0
+    negatives: int = 0
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients of one computation, and the stretch of each history that it is about.
+
+    Attributes:
+        log: the histories.
+        users: [c] row groups of `log`.
+        ids: [c] numbers that name the clients in random streams.
+        low: [c] place of the first interaction in the window.
+        high: [c] place after the last interaction in the window.
+    """
+
+    log: InteractionLog
+    users: Ints
+    ids: Ints
+    low: Ints
+    high: Ints
+
+    def __len__(self) -> int:
+        """Return the number of clients."""
+        return len(self.users)
+
+    def take(self, which: Any) -> Cohort:
+        """Return the cohort of only these places (an index array or a slice)."""
+        return Cohort(self.log, self.users[which], self.ids[which], self.low[which], self.high[which])
+
+
+def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key) -> Batch[NDArray[Any]]:
+    """Return the batch that each client of the cohort draws under `key`, as arrays with the cohort as first axis.
+
+    Negatives are uniform over the `n_items` of the catalogue, whatever anybody touched: no test set can inform them.
+    """
+    make = _causal if spec.kind == "causal" else _pairs
+    inputs, input_mask, targets, target_mask = make(cohort, spec, key)
+    bits = key.child("negatives").bits(cohort.ids, spec.negatives)
+    return Batch(
+        inputs,
+        input_mask,
+        targets,
+        target_mask,
+        (bits % np.uint64(n_items)).astype(np.int64),
+        (key.child("dropout").bits(cohort.ids, 1)[:, 0] >> np.uint64(33)).astype(np.int64),
+    )
+
+
+def _causal(cohort: Cohort, spec: BatchSpec, key: Key) -> tuple[Ints, NDArray[np.bool_], Ints, NDArray[np.bool_]]:
+    end = cohort.high
+    if spec.windows == "random":
+        first = np.minimum(cohort.low + spec.length, cohort.high)
+        u = key.child("window").uniforms(cohort.ids, 1)[:, 0]
+        end = first + np.floor(u * (cohort.high - first + 1)).astype(np.int64)
+    start = np.maximum(end - spec.length, 0)
+    width = int((end - start).max(initial=1))
+    place = start[:, None] + np.arange(width)
+    valid = place < end[:, None]
+    targets = _items(cohort, place, valid)
+    inputs = _items(cohort, place - 1, valid & (place > 0))
+    inputs[(place == 0) & valid] = START
+    return inputs, valid, targets, valid & (place >= cohort.low[:, None])
+
+
+def _pairs(cohort: Cohort, spec: BatchSpec, key: Key) -> tuple[Ints, NDArray[np.bool_], Ints, NDArray[np.bool_]]:
+    known = histories(cohort, cohort.high, spec)
+    u = key.child("targets").uniforms(cohort.ids, spec.targets)
+    place = cohort.low[:, None] + np.floor(u * (cohort.high - cohort.low)[:, None]).astype(np.int64)
+    valid = np.broadcast_to((cohort.high > cohort.low)[:, None], place.shape)
+    return known.items, known.mask, _items(cohort, place, valid), np.ascontiguousarray(valid)
+
+
+def _items(cohort: Cohort, place: Ints, valid: NDArray[np.bool_]) -> Ints:
+    """Return the items at these places of each history, 0 where not valid."""
+    rows = cohort.log.offsets[cohort.users][:, None] + place
+    return np.where(valid, cohort.log.item[np.where(valid, rows, 0)], 0).astype(np.int64)
+
+
+def histories(cohort: Cohort, end: Ints, spec: BatchSpec) -> Histories[NDArray[Any]]:
+    """Return what each client knew before place `end` [c], as a recommender's `encode` wants it."""
+    lead = 1 if spec.kind == "causal" else 0
+    start = np.maximum(end + lead - spec.length, 0)
+    width = max(1, int((end + lead - start).max(initial=1)))
+    place = start[:, None] + np.arange(width) - lead
+    valid = place < end[:, None]
+    items = _items(cohort, place, valid & (place >= 0))
+    items[(place < 0) & valid] = START
+    return Histories(items, valid)
+
+
+def histories_of(lists: Sequence[Sequence[int]], spec: BatchSpec) -> Histories[NDArray[Any]]:
+    """Return plain lists of item numbers, oldest first, as a recommender's `encode` wants them."""
+    counts = np.array([len(items) for items in lists], np.int64)
+    flat = np.array([item for items in lists for item in items] or [0], np.int64)
+    n = len(lists)
+    log = InteractionLog(
+        np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+        flat.astype(np.int32),
+        np.zeros(len(flat), np.int64),
+        np.zeros(len(flat), np.int8),
+        np.zeros(len(flat), np.float32),
+        tuple(str(i) for i in range(n)),
+    )
+    users = np.arange(n, dtype=np.int64)
+    return histories(Cohort(log, users, users, np.zeros_like(counts), counts), counts, spec)

@@ -1,0 +1,131 @@
+"""Windows of a person's history, and the slices of time that a lifelong run goes through.
+
+A `Window` says which of a client's own interactions a task is about, in words that a client applies to its own store:
+no list of rows ever travels. Resolved on a log it gives, for each user, a range ``[low, high)`` of places in that
+user's history; everything before `low` is what the person already knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedrec.data.catalog import ItemCatalog
+from fedrec.data.log import InteractionLog
+from fedrec.errors import DataError
+
+
+class TimeWindow(BaseModel):
+    """Interactions with ``start <= time < end``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["time"] = "time"
+    start: int
+    """First second of the window (UTC)."""
+    end: int
+    """First second after the window (UTC)."""
+
+
+class LastWindow(BaseModel):
+    """Interactions counted from the end of each history: `take` of them, after leaving out the last `skip`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kind: Literal["last"] = "last"
+    skip: int = Field(ge=0)
+    """How many of the newest interactions lie after the window."""
+    take: int | None = Field(default=None, ge=1)
+    """How many interactions the window holds; None: all older ones."""
+
+
+Window = Annotated[TimeWindow | LastWindow, Field(discriminator="kind")]
+
+
+def resolve(log: InteractionLog, window: TimeWindow | LastWindow) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ``(low, high)``, [n_users] each: the range of places that the window covers in each user's history."""
+    if isinstance(window, TimeWindow):
+        return _n_before(log, window.start), _n_before(log, window.end)
+    high = np.maximum(log.counts - window.skip, 0)
+    low = np.zeros_like(high) if window.take is None else np.maximum(high - window.take, 0)
+    return low, high
+
+
+def _n_before(log: InteractionLog, time: int) -> NDArray[np.int64]:
+    running = np.concatenate(([0], np.cumsum(np.asarray(log.time) < time)))
+    return running[log.offsets[1:]] - running[log.offsets[:-1]]
+
+
+@dataclass(frozen=True)
+class TimeSlice:
+    """One step of the life of the recommender: what is trained on, then what it is tested on.
+
+    Attributes:
+        index: place in the stream, 0 is the base.
+        train: the interactions to learn from; older ones may serve as context.
+        test: the interactions to predict, all of them newer than `train`.
+        n_items: catalogue size while training.
+        n_items_test: catalogue size while testing; the items in between are new.
+    """
+
+    index: int
+    train: TimeWindow | LastWindow
+    test: TimeWindow | LastWindow
+    n_items: int
+    n_items_test: int
+
+    @property
+    def new_items(self) -> range:
+        """Numbers of items that joined after training."""
+        return range(self.n_items, self.n_items_test)
+
+
+def stream_slices(
+    log: InteractionLog, catalog: ItemCatalog, base: float, later: int, holdout: float
+) -> tuple[TimeSlice, ...]:
+    """Cut all interactions by global time into a base, equal later slices, and a tail that is only tested on.
+
+    Slice i is tested on the next slice, before anything is trained on it; the last slice is tested on the tail.
+
+    Args:
+        log: all interactions.
+        catalog: all items, in order of arrival.
+        base: share of the interactions in slice 0.
+        later: how many slices follow.
+        holdout: share of the interactions in the tail.
+
+    Raises:
+        DataError: a slice would be empty.
+    """
+    times = np.sort(np.asarray(log.time), kind="stable")
+    n = len(times)
+    shares = [base + (1.0 - base - holdout) * i / max(later, 1) for i in range(later + 1)]
+    cuts = [int(times[min(n - 1, round(share * n))]) for share in shares]
+    bounds = [int(times[0]), *cuts, int(times[-1]) + 1]
+    if any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise DataError(
+            f"Cannot cut {n:,} interactions into a base of {base:.0%}, {later} later slices and a tail of {holdout:.0%}: "
+            "a slice would be empty; the times are too coarse or the shares too small."
+        )
+    return tuple(
+        TimeSlice(
+            index=i,
+            train=TimeWindow(start=bounds[i], end=bounds[i + 1]),
+            test=TimeWindow(start=bounds[i + 1], end=bounds[i + 2]),
+            n_items=catalog.n_items_at(bounds[i + 1]),
+            n_items_test=catalog.n_items_at(bounds[i + 2]),
+        )
+        for i in range(later + 1)
+    )
+
+
+def leave_one_out(catalog: ItemCatalog, test: Literal["test", "validation"] = "test") -> tuple[TimeSlice, ...]:
+    """Return one slice: train on all but each person's last two interactions, test on the last one.
+
+    With ``test="validation"`` the second to last is predicted instead, for choosing settings without looking at the
+    last. The person's history at test time is everything before the tested interaction.
+    """
+    window = LastWindow(skip=0 if test == "test" else 1, take=1)
+    return (TimeSlice(0, LastWindow(skip=2), window, len(catalog), len(catalog)),)

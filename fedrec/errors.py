@@ -1,0 +1,65 @@
+"""Everything that can go wrong, as a tree.
+
+FedrecError
+  ConfigError      an experiment file says something impossible (unknown key, bad value, missing file)
+  DataError        interactions or a catalogue cannot be read or make no sense
+    UnknownItem    an item id that the catalogue does not hold
+  ProtocolError    a message between server and node is malformed
+    TallyRefused   a node's reply failed validation before it was folded
+  RegistryError    a release or a checkpoint cannot be written, found or trusted
+    CorruptRelease its bytes do not match its digest
+  RunError         a run cannot go on (no clients, no nodes, wrong experiment to resume)
+
+Every message is one sentence that says what was wrong, where, and what to do. The command line prints it and exits 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FedrecError(Exception):
+    """Base of every error that fedrec raises on purpose."""
+
+
+class ConfigError(FedrecError):
+    """An experiment says something impossible."""
+
+
+class DataError(FedrecError):
+    """Interactions or a catalogue cannot be read or make no sense."""
+
+
+class UnknownItem(DataError):
+    """An item id that the catalogue does not hold."""
+
+
+class ProtocolError(FedrecError):
+    """A message between server and node is malformed or of another version."""
+
+
+class TallyRefused(ProtocolError):
+    """A node's reply failed validation and was not folded."""
+
+
+class RegistryError(FedrecError):
+    """A release or a checkpoint cannot be written, found or trusted."""
+
+
+class CorruptRelease(RegistryError):
+    """The bytes of a release do not match the digest in its manifest."""
+
+
+class RunError(FedrecError):
+    """A run cannot start or go on."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the known word closest to `word`, or an empty string.
+
+    >>> nearest("sead", ["seed", "name"])
+    "; did you mean 'seed'?"
+    """
+    matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ""

@@ -1,0 +1,81 @@
+"""Settings of every model, without torch, so that an experiment can be read and checked anywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FullSoftmax(_Settings):
+    """Cross-entropy over the whole catalogue; every client touches every item row."""
+
+    kind: Literal["full"] = "full"
+
+
+class SampledSoftmax(_Settings):
+    """Cross-entropy over the target and uniform negatives drawn per person and step, corrected for their number."""
+
+    kind: Literal["sampled"] = "sampled"
+    negatives: int = Field(default=256, ge=1)
+    """How many negatives each person draws per step; all positions share them."""
+
+
+Softmax = Annotated[FullSoftmax | SampledSoftmax, Field(discriminator="kind")]
+
+
+class PopularityConfig(_Settings):
+    """Everybody gets the most frequent items."""
+
+    kind: Literal["popularity"] = "popularity"
+
+
+class FactorisationConfig(_Settings):
+    """Matrix factorisation with a user vector that is solved on the client and never leaves it."""
+
+    kind: Literal["factorisation"] = "factorisation"
+    dim: int = Field(default=32, ge=1)
+    """Length of user and item vectors."""
+    length: int = Field(default=200, ge=1)
+    """How many of the newest interactions the user vector is solved from."""
+    targets: int = Field(default=32, ge=1)
+    """How many interactions a local step looks at."""
+    negatives: int = Field(default=128, ge=1)
+    """How many uniform items stand for the unobserved ones in a local step."""
+    unobserved_weight: float = Field(default=0.05, gt=0)
+    """Weight of an unobserved item against an observed one (alpha_0 of iALS)."""
+    regularisation: float = Field(default=0.05, gt=0)
+    """L2 penalty on the user vector, per observed interaction."""
+
+
+class TransformerConfig(_Settings):
+    """A causal transformer over the item sequence (SASRec family)."""
+
+    kind: Literal["transformer"] = "transformer"
+    dim: int = Field(default=64, ge=2)
+    """Width of item vectors and hidden states."""
+    blocks: int = Field(default=2, ge=1)
+    """How many attention blocks are stacked."""
+    heads: int = Field(default=2, ge=1)
+    """How many attention heads a block has; must divide `dim`."""
+    expand: int = Field(default=2, ge=1)
+    """Width of the feed-forward layer, in multiples of `dim`."""
+    length: int = Field(default=50, ge=2)
+    """How many of the newest interactions the model sees."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Share of activations dropped while training."""
+    windows: Literal["last", "random"] = "random"
+    """Which stretch of a long history a local step trains on."""
+    softmax: Softmax = SampledSoftmax()
+    """The training loss."""
+
+
+ModelConfig = Annotated[
+    PopularityConfig | FactorisationConfig | TransformerConfig,
+    Field(discriminator="kind"),
+]
+AnyModelConfig = PopularityConfig | FactorisationConfig | TransformerConfig

@@ -1,0 +1,121 @@
+"""The contract of every recommender.
+
+A recommender turns a history into a user vector and scores items against it. Its parameters are either *rows*, one per
+item, or dense. Training reads item rows only through the numbers in a batch, so a client that touches forty items may
+be handed a table of forty rows with the batch renumbered: that is what makes a cohort fit in memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fedrec.data.batches import Batch, BatchSpec, Histories
+from fedrec.errors import FedrecError
+from fedrec.models.configs import AnyModelConfig
+from fedrec.params import Array, Params
+from fedrec.random import Key
+
+
+class Recommender(nn.Module, ABC):
+    """One model of taste.
+
+    Attributes:
+        config: the settings it was built from.
+        n_items: how many items it can score.
+        spec: the batches it trains on.
+        row_names: names of parameters whose first axis is the item number.
+        local_names: names of tensors that live on the client only (a user vector); never uploaded.
+        gathers: whether training touches only the item rows named in the batch.
+        personal: whether two histories may get different recommendations.
+    """
+
+    row_names: ClassVar[frozenset[str]] = frozenset()
+    local_names: ClassVar[frozenset[str]] = frozenset()
+    gathers: bool = True
+    personal: ClassVar[bool] = True
+    config: AnyModelConfig
+    n_items: int
+    spec: BatchSpec
+
+    @abstractmethod
+    def encode(self, items: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        """Return the user vectors of b histories, padded as `spec` says; a history may be empty."""
+
+    @abstractmethod
+    def score(
+        self, users: Float[Tensor, "b d"], items: Int[Tensor, "b k"] | None = None
+    ) -> Float[Tensor, "b n"] | Float[Tensor, "b k"]:
+        """Return each person's score of the given items, or of the whole catalogue."""
+
+    @abstractmethod
+    def loss(self, batch: Batch[Tensor], local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
+        """Return one loss per person, never reduced over people.
+
+        Args:
+            batch: what `spec` asked for.
+            local: the client's own tensors [b, ...]; None: `local_start` makes them.
+        """
+
+    def forward(self, batch: Batch[Tensor], local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
+        """Return `loss`, so that ``torch.func.functional_call`` can train the model."""
+        return self.loss(batch, local)
+
+    def local_start(self, batch: Batch[Tensor]) -> dict[str, Tensor]:
+        """Return the local tensors [b, ...] that local training starts from; needs the whole item table."""
+        return {}
+
+    @abstractmethod
+    def grow(self, n_items: int, key: Key) -> Self:
+        """Return a model for a larger catalogue that scores the old items exactly as before."""
+
+
+def get_params(model: nn.Module) -> dict[str, Array]:
+    """Return a copy of the model's parameters as NumPy arrays."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in model.named_parameters()}
+
+
+def set_params(model: nn.Module, params: Params) -> None:
+    """Copy `params` into the model.
+
+    Raises:
+        FedrecError: names or shapes do not fit the model.
+    """
+    own = dict(model.named_parameters())
+    if own.keys() != params.keys():
+        missing, extra = sorted(own.keys() - params.keys()), sorted(params.keys() - own.keys())
+        raise FedrecError(f"These parameters belong to another model: missing {missing}, unknown {extra}.")
+    for name, value in params.items():
+        if own[name].shape != value.shape:
+            raise FedrecError(f"Parameter '{name}' has shape {value.shape}, the model needs {tuple(own[name].shape)}.")
+        with torch.no_grad():
+            own[name].copy_(torch.from_numpy(np.ascontiguousarray(value)))
+
+
+def copy_grown(old: Recommender, new: Recommender) -> None:
+    """Copy every parameter of `old` into `new`; item rows fill the first rows, the rest keeps its initial values."""
+    target = dict(new.named_parameters())
+    with torch.no_grad():
+        for name, value in old.named_parameters():
+            place = target[name][: len(value)] if name in old.row_names else target[name]
+            place.copy_(value)
+
+
+def to_torch(batch: Batch[NDArray[Any]]) -> Batch[Tensor]:
+    """Return the batch as torch tensors that share memory with the arrays."""
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in batch))
+
+
+@torch.no_grad()
+def score_all(model: Recommender, histories: Histories[NDArray[Any]]) -> NDArray[np.float32]:
+    """Return [b, n_items] scores of the whole catalogue for b histories."""
+    items, mask = (torch.from_numpy(np.ascontiguousarray(part)) for part in histories)
+    scores: NDArray[np.float32] = model.score(model.encode(items, mask)).numpy()
+    return scores

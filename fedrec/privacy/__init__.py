@@ -1,0 +1,1 @@
+"""Bounding what one person can contribute."""

@@ -1,0 +1,30 @@
+"""`Link`: how the server reaches nodes. The Flower Grid is the one implementation; the protocol room knows no flwr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Verb = Literal["census", "run"]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back from a node: a document, or why there is none."""
+
+    node: int
+    document: bytes | None
+    error: str = ""
+
+
+class Link(Protocol):
+    """A way to send one document to each of some nodes and get one back from each."""
+
+    def nodes(self) -> list[int]:
+        """Return the ids of the nodes that are there now."""
+        ...
+
+    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+        """Send, and yield the replies as they arrive; a node that does not answer in time yields none."""
+        ...

@@ -1,0 +1,135 @@
+"""`RoundPlan`: what the server asks of one node, complete: a node needs nothing else to do its part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedrec.data.slices import Window
+from fedrec.errors import ProtocolError
+from fedrec.models.configs import AnyModelConfig, ModelConfig
+from fedrec.params import Params
+from fedrec.protocol import wire
+from fedrec.protocol.task import AnyTask, Task
+from fedrec.random import Key
+
+_SLOTS = "plan.slots"
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    slice: int
+    round: int
+    task: Task
+    model: ModelConfig
+    n_items: int = Field(ge=1)
+    key: str
+    catalog_digest: str
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """One round's request to one node.
+
+    Attributes:
+        slice: index of the time slice.
+        round: number of the round within the slice.
+        task: what to do.
+        model: settings of the model that `params` belong to.
+        n_items: how many items that model scores.
+        params: the shared parameters; empty for tasks that need none.
+        key: root of all randomness in this round.
+        catalog_digest: the catalogue that item numbers refer to.
+        slots: [k] int64, which of the node's eligible clients take part.
+    """
+
+    slice: int
+    round: int
+    task: AnyTask
+    model: AnyModelConfig
+    n_items: int
+    params: Params
+    key: Key
+    catalog_digest: str
+    slots: NDArray[np.int64]
+
+    def to_bytes(self) -> bytes:
+        """Return the plan in the wire format."""
+        return wire.pack("plan", self._header, {**self.params, _SLOTS: self.slots})
+
+    @cached_property
+    def _header(self) -> dict[str, Any]:
+        return {
+            "slice": self.slice,
+            "round": self.round,
+            "task": self.task.model_dump(mode="json"),
+            "model": self.model.model_dump(mode="json"),
+            "n_items": self.n_items,
+            "key": self.key.hex(),
+            "catalog_digest": self.catalog_digest,
+        }
+
+    @classmethod
+    def from_bytes(cls, document: bytes) -> RoundPlan:
+        """Return the plan that `to_bytes` wrote.
+
+        Raises:
+            ProtocolError: the document is not a plan of this version.
+        """
+        raw, tensors = wire.unpack("plan", document)
+        try:
+            header = _Header.model_validate(raw)
+            slots, key = tensors.pop(_SLOTS), Key.from_hex(header.key)
+        except (ValidationError, KeyError, ValueError) as error:
+            raise ProtocolError(f"The plan is malformed: {error}") from error
+        return cls(
+            header.slice, header.round, header.task, header.model, header.n_items, tensors, key,
+            header.catalog_digest, slots,
+        )  # fmt: skip
+
+
+class CensusRequest(BaseModel):
+    """Asks a node how many of its clients have interactions in the window."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    window: Window
+    catalog_digest: str
+
+    def to_bytes(self) -> bytes:
+        """Return the request in the wire format."""
+        return wire.pack("census-request", self.model_dump(mode="json"), {})
+
+    @classmethod
+    def from_bytes(cls, document: bytes) -> CensusRequest:
+        """Return the request that `to_bytes` wrote."""
+        header, _ = wire.unpack("census-request", document)
+        try:
+            return cls.model_validate(header)
+        except ValidationError as error:
+            raise ProtocolError(f"The census request is malformed: {error}") from error
+
+
+class Census(BaseModel):
+    """A node's answer: its name, which orders the nodes, and how many of its clients are eligible."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    node: str
+    n_clients: int = Field(ge=0)
+
+    def to_bytes(self) -> bytes:
+        """Return the answer in the wire format."""
+        return wire.pack("census", self.model_dump(mode="json"), {})
+
+    @classmethod
+    def from_bytes(cls, document: bytes) -> Census:
+        """Return the answer that `to_bytes` wrote."""
+        header, _ = wire.unpack("census", document)
+        try:
+            return cls.model_validate(header)
+        except ValidationError as error:
+            raise ProtocolError(f"The census is malformed: {error}") from error

@@ -1,0 +1,92 @@
+"""`Tally`: a node's reply, and the checks that it must pass before anything of it is added to anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedrec import params as named
+from fedrec.errors import ProtocolError, TallyRefused
+from fedrec.params import Params
+from fedrec.protocol import wire
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    n_clients: int
+    stats: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a node's clients contribute together; no identity inside.
+
+    Attributes:
+        sums: named tensors, summed over clients.
+        n_clients: how many clients are in the sums.
+        stats: plain numbers summed over clients, for example "loss".
+    """
+
+    sums: Params
+    n_clients: int
+    stats: Mapping[str, float]
+
+    def to_bytes(self) -> bytes:
+        """Return the tally in the wire format."""
+        return wire.pack("tally", {"n_clients": self.n_clients, "stats": dict(self.stats)}, self.sums)
+
+    @classmethod
+    def from_bytes(cls, document: bytes) -> Tally:
+        """Return the tally that `to_bytes` wrote.
+
+        Raises:
+            ProtocolError: the document is not a tally of this version.
+        """
+        raw, tensors = wire.unpack("tally", document)
+        try:
+            header = _Header.model_validate(raw)
+        except ValidationError as error:
+            raise ProtocolError(f"The tally is malformed: {error}") from error
+        return cls(tensors, header.n_clients, header.stats)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a tally must look like to be folded.
+
+    Attributes:
+        shapes: name to (shape, dtype) of every tensor.
+        max_clients: how many clients were asked.
+        norm_bound: L2 bound of one client's contribution, or None where there is none.
+    """
+
+    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[np.generic]]]
+    max_clients: int
+    norm_bound: float | None = None
+
+    def check(self, tally: Tally) -> None:
+        """Raise `TallyRefused` with the first thing that is wrong; finite comes before norm, for NaN passes any bound."""
+        if not 0 <= tally.n_clients <= self.max_clients:
+            raise TallyRefused(f"it counts {tally.n_clients} clients where {self.max_clients} were asked")
+        if not all(math.isfinite(value) for value in tally.stats.values()):
+            raise TallyRefused("its statistics are not finite")
+        if tally.n_clients == 0 and not tally.sums:
+            return
+        if tally.sums.keys() != self.shapes.keys():
+            odd = sorted(tally.sums.keys() ^ self.shapes.keys())
+            raise TallyRefused(f"its tensors are missing or unknown: {', '.join(odd[:3])}")
+        for name, (shape, dtype) in self.shapes.items():
+            value = tally.sums[name]
+            if value.shape != shape or value.dtype != dtype:
+                raise TallyRefused(f"'{name}' is {value.dtype}{value.shape} where {dtype}{shape} was asked")
+        broken = named.non_finite(tally.sums)
+        if broken:
+            raise TallyRefused(f"'{broken[0]}' holds a NaN or an infinity")
+        if self.norm_bound is not None:
+            norm, bound = named.norm(tally.sums), self.norm_bound * tally.n_clients
+            if norm > bound * (1 + 1e-4):
+                raise TallyRefused(f"its norm {norm:.4g} is above the bound {bound:.4g} of {tally.n_clients} clients")

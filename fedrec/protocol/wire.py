@@ -1,0 +1,56 @@
+"""The one wire format: a safetensors document whose metadata carries a version, a kind and a JSON header.
+
+Plans, tallies and checkpoints are all written this way, over Flower messages and on disk. Reading it can allocate
+arrays and parse JSON, and can do nothing else: no pickle, no code.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedrec.errors import ProtocolError
+from fedrec.params import Array, Params
+
+VERSION = 1
+MAX_HEADER_BYTES = 64 << 20
+
+
+def pack(kind: str, header: dict[str, Any], tensors: Params) -> bytes:
+    """Return one document of this kind; equal content gives equal bytes.
+
+    >>> unpack("greeting", pack("greeting", {"to": "you"}, {"n": np.arange(2)}))
+    ({'to': 'you'}, {'n': array([0, 1])})
+    """
+    metadata = {"fedrec": str(VERSION), "kind": kind, "header": json.dumps(header, sort_keys=True)}
+    # safetensors keeps metadata in a hash map, so more than one entry would be written in random order.
+    return save(
+        {name: np.ascontiguousarray(value) for name, value in tensors.items()}, {"fedrec": json.dumps(metadata)}
+    )
+
+
+def unpack(kind: str, document: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return ``(header, tensors)`` of a document that `pack` wrote.
+
+    Raises:
+        ProtocolError: not such a document, of another version, or of another kind.
+    """
+    try:
+        length = int.from_bytes(document[:8], "little")
+        if not 0 < length <= min(MAX_HEADER_BYTES, len(document) - 8):
+            raise ValueError("header length")
+        metadata = json.loads(json.loads(document[8 : 8 + length])["__metadata__"]["fedrec"])
+        header = json.loads(metadata["header"])
+        version, found = metadata["fedrec"], metadata["kind"]
+        tensors = load(document)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ProtocolError(f"Not a fedrec document ({type(error).__name__}); the sender is not fedrec.") from error
+    if version != str(VERSION):
+        raise ProtocolError(f"The sender speaks wire version {version}, this fedrec speaks {VERSION}; update the older.")
+    if found != kind:
+        raise ProtocolError(f"Expected a '{kind}' document, got a '{found}'.")
+    return header, tensors
