@@ -51,7 +51,7 @@ def digest(a: Params) -> str:
     """Return the SHA-256 of names, dtypes, shapes and bytes, in hexadecimal; equal tensors have equal digests."""
     state = hashlib.sha256()
     for name in sorted(a):
-        value = np.ascontiguousarray(a[name])
+        value = np.asarray(a[name], order="C")
         state.update(f"{name}|{value.dtype.str}|{value.shape}|".encode())
         state.update(value.tobytes())
     return state.hexdigest()

@@ -17,6 +17,7 @@ from fedrec.data.log import InteractionLog
 from fedrec.random import Key
 
 START = -1
+NEVER = 2**31 - 1
 
 T = TypeVar("T")
 Ints = NDArray[np.int64]
@@ -37,7 +38,9 @@ class Batch(NamedTuple, Generic[T]):
         input_mask: [b, L] true where `inputs` is not padding.
         targets: [b, T] item numbers to predict; position t of a causal model follows input t.
         target_mask: [b, T] true where a target counts.
-        negatives: [b, N] uniform item numbers, N may be 0.
+        negatives: [b, N] item numbers that stand for the rest of the catalogue.
+        negative_since: [b, N] the position from which on the person has the negative, so that it no longer counts as
+            one; `NEVER` where that does not happen.
         seeds: [b] integers that seed the dropout of each person.
     """
 
@@ -46,6 +49,7 @@ class Batch(NamedTuple, Generic[T]):
     targets: T
     target_mask: T
     negatives: T
+    negative_since: T
     seeds: T
 
 
@@ -58,14 +62,14 @@ class BatchSpec:
         length: the longest input.
         windows: for "causal", the newest stretch of a history or a random one.
         targets: for "pairs", how many targets.
-        negatives: how many negatives.
+        negatives: how many uniform negatives; None: the whole catalogue.
     """
 
     kind: Literal["causal", "pairs"]
     length: int
     windows: Literal["last", "random"] = "last"
     targets: int = 0
-    negatives: int = 0
+    negatives: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -98,28 +102,34 @@ class Cohort:
 def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key) -> Batch[NDArray[Any]]:
     """Return the batch that each client of the cohort draws under `key`, as arrays with the cohort as first axis.
 
-    Negatives are uniform over the `n_items` of the catalogue, whatever anybody touched: no test set can inform them.
+    Negatives are uniform over the `n_items` of the catalogue, whatever anybody touched: no test set can inform them. What
+    the person already has at a position is not a negative there, as it is not a candidate when ranking.
     """
-    make = _causal if spec.kind == "causal" else _pairs
-    inputs, input_mask, targets, target_mask = make(cohort, spec, key)
-    bits = key.child("negatives").bits(cohort.ids, spec.negatives)
-    return Batch(
-        inputs,
-        input_mask,
-        targets,
-        target_mask,
-        (bits % np.uint64(n_items)).astype(np.int64),
-        (key.child("dropout").bits(cohort.ids, 1)[:, 0] >> np.uint64(33)).astype(np.int64),
-    )
+    if spec.negatives is None:
+        negatives = np.tile(np.arange(n_items), (len(cohort), 1))
+    else:
+        bits = key.child("negatives").bits(cohort.ids, spec.negatives)
+        negatives = (bits % np.uint64(n_items)).astype(np.int64)
+    seeds = (key.child("dropout").bits(cohort.ids, 1)[:, 0] >> np.uint64(33)).astype(np.int64)
+    if spec.kind == "pairs":
+        return Batch(*_pairs(cohort, spec, key), negatives, np.full_like(negatives, NEVER), seeds)
+    start, end = _window(cohort, spec, key)
+    since = cohort.log.first_place(cohort.users, negatives)
+    since = np.where(since < NEVER, since - start[:, None], NEVER)
+    return Batch(*_causal(cohort, start, end), negatives, since, seeds)
 
 
-def _causal(cohort: Cohort, spec: BatchSpec, key: Key) -> tuple[Ints, NDArray[np.bool_], Ints, NDArray[np.bool_]]:
+def _window(cohort: Cohort, spec: BatchSpec, key: Key) -> tuple[Ints, Ints]:
+    """Return the [c] first and past-the-last places of the stretch that each client trains on."""
     end = cohort.high
     if spec.windows == "random":
         first = np.minimum(cohort.low + spec.length, cohort.high)
         u = key.child("window").uniforms(cohort.ids, 1)[:, 0]
         end = first + np.floor(u * (cohort.high - first + 1)).astype(np.int64)
-    start = np.maximum(end - spec.length, 0)
+    return np.maximum(end - spec.length, 0), end
+
+
+def _causal(cohort: Cohort, start: Ints, end: Ints) -> tuple[Ints, NDArray[np.bool_], Ints, NDArray[np.bool_]]:
     width = int((end - start).max(initial=1))
     place = start[:, None] + np.arange(width)
     valid = place < end[:, None]

@@ -108,6 +108,32 @@ class InteractionLog:
         """Return the item numbers of one user, oldest first."""
         return self.item[self.offsets[user] : self.offsets[user + 1]]
 
+    def first_place(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return at which place of a user's history an item first stands, 2**31 - 1 where it does not.
+
+        Args:
+            users: [c] user numbers.
+            items: [c, k] item numbers.
+
+        Returns:
+            [c, k] places, counted from 0.
+        """
+        keys, rows = self._pairs
+        wanted = np.asarray(users, np.int64)[:, None] * self._stride + items
+        found = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+        there = (keys[found] == wanted) & (items < self._stride)
+        return np.where(there, rows[found] - self.offsets[users][:, None], 2**31 - 1)
+
+    @cached_property
+    def _stride(self) -> int:
+        return int(self.item.max(initial=0)) + 1
+
+    @cached_property
+    def _pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sorted numbers of all (user, item) pairs, and the first row of each."""
+        keys, rows = np.unique(self.user.astype(np.int64) * self._stride + self.item, return_index=True)
+        return keys, rows.astype(np.int64)
+
     def take_users(self, users: NDArray[np.int64]) -> InteractionLog:
         """Return a log of only these users, renumbered 0.. in the order given."""
         counts = self.counts[users]

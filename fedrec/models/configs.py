@@ -58,11 +58,11 @@ class TransformerConfig(_Settings):
     kind: Literal["transformer"] = "transformer"
     dim: int = Field(default=64, ge=2)
     """Width of item vectors and hidden states."""
-    blocks: int = Field(default=2, ge=1)
+    blocks: int = Field(default=1, ge=1)
     """How many attention blocks are stacked."""
     heads: int = Field(default=2, ge=1)
     """How many attention heads a block has; must divide `dim`."""
-    expand: int = Field(default=2, ge=1)
+    expand: int = Field(default=4, ge=1)
     """Width of the feed-forward layer, in multiples of `dim`."""
     length: int = Field(default=50, ge=2)
     """How many of the newest interactions the model sees."""
@@ -70,6 +70,10 @@ class TransformerConfig(_Settings):
     """Share of activations dropped while training."""
     windows: Literal["last", "random"] = "random"
     """Which stretch of a long history a local step trains on."""
+    horizon: int = Field(default=3, ge=1)
+    """How many of the next interactions a position predicts."""
+    horizon_decay: float = Field(default=0.5, gt=0, le=1)
+    """Weight of each further one of them against the one before."""
     softmax: Softmax = SampledSoftmax()
     """The training loss."""
 

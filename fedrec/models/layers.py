@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fedrec.random import Key
 
+_STRIDES = (40503, -1640531535, 1013904243)
+
 
 def normal_rows(key: Key, first: int, last: int, dim: int, std: float) -> Float[Tensor, "n dim"]:
     """Return rows `first`..`last` - 1 of an endless table of N(0, std^2) numbers.
@@ -50,9 +52,12 @@ def seeded_dropout(
         return x
     own = seeds.to(torch.int32)
     a, c = _scramble(own * 747796405 + site) | 1, _scramble(own + site * 277803737)
-    r = _scramble(torch.arange(1, x[0].numel() + 1, dtype=torch.int32))
-    keep = (r * a[:, None] + c[:, None]) >= int((rate - 0.5) * 0xFFFFFFFF)
-    return x * (keep.view(x.shape) * (1.0 / (1.0 - rate)))
+    place = torch.ones((), dtype=torch.int32)
+    for size, stride in zip(x.shape[1:], _STRIDES, strict=False):  # not the flat index: padding must not move a place
+        place = place[..., None] + torch.arange(size, dtype=torch.int32) * stride
+    each = (-1, *[1] * (x.dim() - 1))
+    keep = _scramble(place) * a.view(each) + c.view(each) >= int((rate - 0.5) * 0xFFFFFFFF)
+    return x * (keep * (1.0 / (1.0 - rate)))
 
 
 def _scramble(h: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -15,28 +15,37 @@ def masked_mean(values: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"]) -> Floa
     return (values * weight).sum(-1) / weight.sum(-1).clamp(min=1.0)
 
 
-def full_softmax(
-    logits: Float[Tensor, "b t n"], targets: Int[Tensor, "b t"], mask: Bool[Tensor, "b t"]
-) -> Float[Tensor, " b"]:
-    """Return ``mean_t(log sum_j exp z_tj - z_t,target)`` of each person."""
-    positive = logits.gather(-1, targets[..., None])[..., 0]
-    return masked_mean(torch.logsumexp(logits, -1) - positive, mask)
-
-
 def sampled_softmax(
     positive: Float[Tensor, "b t"],
+    wanted: Float[Tensor, "b t"],
     negative: Float[Tensor, "b t n"],
-    collides: Bool[Tensor, "b t n"],
+    excluded: Bool[Tensor, "b t n"],
     mask: Bool[Tensor, "b t"],
-    n_items: int,
+    stands_for: float,
 ) -> Float[Tensor, " b"]:
-    """Return the softmax loss estimated from N uniform negatives.
+    """Return the softmax loss estimated from N negatives, each of which stands for r items of the catalogue.
 
-    Each negative stands for ``(n_items - 1) / N`` items, so its logit is raised by the log of that; a negative that
-    equals the target is left out. The temperature is that of the full softmax.
+    ``mean_t(log(exp p_t + r sum_{j not excluded} exp z_tj) - w_t)``. With all items as negatives and r = 1 it is the
+    softmax cross-entropy itself; with fewer, uniform ones its temperature is the same.
+
+    Args:
+        positive: logit of each target.
+        wanted: what is pulled up: the target's logit, or a mean of it and those of the next targets.
+        negative: logits of the negatives.
+        excluded: negatives that are none at this position: the target itself, and what the person already has.
+        mask: which positions count.
+        stands_for: r, ``(n_items - 1) / N`` for uniform negatives.
 
     Source: Bengio and Senecal, IEEE Trans. Neural Networks 2008 (importance-sampled softmax, uniform proposal).
     """
-    raised = negative + math.log(max(n_items - 1, 1) / negative.shape[-1])
-    everything = torch.cat([positive[..., None], raised.masked_fill(collides, float("-inf"))], -1)
-    return masked_mean(torch.logsumexp(everything, -1) - positive, mask)
+    raised = negative + math.log(stands_for)
+    everything = torch.cat([positive[..., None], raised.masked_fill(excluded, float("-inf"))], -1)
+    return masked_mean(torch.logsumexp(everything, -1) - wanted, mask)
+
+
+def lookahead(
+    logits: Float[Tensor, "b t h"], valid: Bool[Tensor, "b t h"], decay: float
+) -> Float[Tensor, "b t"]:
+    """Return the weighted mean of the next h targets' logits, weight ``decay^j`` for the j-th, where they are valid."""
+    weight = valid * decay ** torch.arange(logits.shape[-1], dtype=logits.dtype)
+    return (logits * weight).sum(-1) / weight.sum(-1).clamp(min=1e-9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar, Self
 
@@ -15,58 +14,72 @@ from fedrec.data.batches import START, Batch, BatchSpec
 from fedrec.errors import ConfigError
 from fedrec.models.configs import SampledSoftmax, TransformerConfig
 from fedrec.models.layers import normal, normal_rows, seeded_dropout
-from fedrec.models.losses import full_softmax, sampled_softmax
+from fedrec.models.losses import lookahead, sampled_softmax
 from fedrec.models.recommender import Recommender, copy_grown
 from fedrec.random import Key
 
+INITIAL = 0.02
+"""Standard deviation of fresh item vectors; small, so that the first scores are near zero and alike."""
+
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward: ``x += attend(norm(x)); x += W2 gelu(W1 norm(x))``."""
+    """Pre-norm attention and feed-forward: ``x += attend(norm(x)); x += W2 gelu(W1 norm(x))``.
+
+    Attention adds a learned number per head and distance, so that recency counts at every place.
+    """
 
     def __init__(self, config: TransformerConfig, index: int, key: Key) -> None:
-        """Draw the weights from `key`; output projections are scaled down by depth (GPT-2)."""
+        """Draw the weights from `key` (Xavier)."""
         super().__init__()
-        d, std = config.dim, config.dim**-0.5
+        d = config.dim
         self.heads, self.dropout, self.site = config.heads, config.dropout, 4 * index + 1
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        out = std / math.sqrt(2 * config.blocks)
-        self.query_key_value = _linear(d, 3 * d, key.child("qkv"), std)
-        self.project = _linear(d, d, key.child("project"), out)
-        self.widen = _linear(d, config.expand * d, key.child("widen"), std)
-        self.narrow = _linear(config.expand * d, d, key.child("narrow"), out * config.expand**-0.5)
+        self.recency = nn.Parameter(torch.zeros(config.heads, config.length))
+        self.query_key_value = _linear(d, 3 * d, key.child("qkv"))
+        self.project = _linear(d, d, key.child("project"))
+        self.widen = _linear(d, config.expand * d, key.child("widen"))
+        self.narrow = _linear(config.expand * d, d, key.child("narrow"))
 
     def forward(
-        self, x: Float[Tensor, "b l d"], hidden: Bool[Tensor, "l l"], seeds: Int[Tensor, " b"] | None
+        self,
+        x: Float[Tensor, "b l d"],
+        distance: Int[Tensor, "l l"],
+        later: Bool[Tensor, "l l"],
+        seeds: Int[Tensor, " b"] | None,
     ) -> Float[Tensor, "b l d"]:
-        """Apply the block; `hidden` marks the later positions that a position must not see."""
+        """Apply the block; a position sees itself and those `distance` before it, not those `later`."""
         b, n, d = x.shape
         qkv = self.query_key_value(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [b heads l d/heads]
-        weights = (q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+        logits = q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5 + self.recency[:, distance]
+        weights = seeded_dropout(
+            logits.masked_fill(later, float("-inf")).softmax(-1), self.dropout, seeds, self.site
+        )
         attended = (weights @ v).transpose(1, 2).reshape(b, n, d)
-        x = x + seeded_dropout(self.project(attended), self.dropout, seeds, self.site)
-        inner = F.gelu(self.widen(self.norm2(x)), approximate="tanh")
-        return x + seeded_dropout(self.narrow(inner), self.dropout, seeds, self.site + 1)
+        x = x + seeded_dropout(self.project(attended), self.dropout, seeds, self.site + 1)
+        inner = F.gelu(self.widen(self.norm2(x)))
+        return x + seeded_dropout(self.narrow(inner), self.dropout, seeds, self.site + 2)
 
 
-def _linear(n_in: int, n_out: int, key: Key, std: float) -> nn.Linear:
+def _linear(n_in: int, n_out: int, key: Key) -> nn.Linear:
     layer = nn.Linear(n_in, n_out)
     with torch.no_grad():
-        layer.weight.copy_(normal(key, (n_out, n_in), std))
+        layer.weight.copy_(normal(key, (n_out, n_in), (2.0 / (n_in + n_out)) ** 0.5))
         layer.bias.zero_()
     return layer
 
 
 class Transformer(Recommender):
-    """Next-item prediction: ``s_ui = h_u . v_i + b_i``, h_u the hidden state after the newest interaction.
+    """Next-item prediction: ``s_ui = h_u . v_i``, h_u the hidden state after the newest interaction.
 
     A learned vector stands before the first interaction, so somebody without a history has a state too: their scores
-    are the model's idea of what most people take first.
+    are the model's idea of what most people take first. What a person already has is no negative.
 
-    Source: Kang and McAuley, ICDM 2018 (SASRec); softmax losses as in Petrov and Macdonald, RecSys 2023 (gSASRec).
+    Source: Kang and McAuley, ICDM 2018 (SASRec); softmax losses as in Petrov and Macdonald, RecSys 2023 (gSASRec);
+    relative positions as in Raffel et al., JMLR 2020, section 2.1, without buckets.
     """
 
-    row_names: ClassVar[frozenset[str]] = frozenset({"item", "item_bias"})
+    row_names: ClassVar[frozenset[str]] = frozenset({"item"})
 
     def __init__(self, config: TransformerConfig, n_items: int, key: Key) -> None:
         """Draw the weights from `key`.
@@ -76,17 +89,17 @@ class Transformer(Recommender):
         """
         super().__init__()
         if config.dim % config.heads:
-            raise ConfigError(f"model.heads = {config.heads} does not divide model.dim = {config.dim}; choose one that does.")
+            raise ConfigError(
+                f"model.heads = {config.heads} does not divide model.dim = {config.dim}; choose one that does."
+            )
         self.config: TransformerConfig = config
         self.n_items = n_items
-        sampled = config.softmax.negatives if isinstance(config.softmax, SampledSoftmax) else 0
-        self.gathers = sampled > 0
-        self.spec = BatchSpec("causal", config.length, config.windows, negatives=sampled)
-        std = config.dim**-0.5
-        self.item = nn.Parameter(normal_rows(key.child("item"), 0, n_items, config.dim, std))
-        self.item_bias = nn.Parameter(torch.zeros(n_items))
-        self.start = nn.Parameter(normal(key.child("start"), (config.dim,), std))
-        self.position = nn.Parameter(normal(key.child("position"), (config.length, config.dim), std))
+        self.gathers = isinstance(config.softmax, SampledSoftmax)
+        negatives = config.softmax.negatives if isinstance(config.softmax, SampledSoftmax) else None
+        self.spec = BatchSpec("causal", config.length, config.windows, negatives=negatives)
+        self.item = nn.Parameter(normal_rows(key.child("item"), 0, n_items, config.dim, INITIAL))
+        self.start = nn.Parameter(normal(key.child("start"), (config.dim,), INITIAL))
+        self.position = nn.Parameter(normal(key.child("position"), (config.length, config.dim), INITIAL))
         self.blocks = nn.ModuleList(Block(config, i, key.child("block", i)) for i in range(config.blocks))
         self.norm = nn.LayerNorm(config.dim)
 
@@ -94,11 +107,12 @@ class Transformer(Recommender):
         """Return the state after each input; `seeds` turns dropout on."""
         n = items.shape[1]
         x = F.embedding(items.clamp(min=0), self.item)
-        x = torch.where((items == START)[..., None], self.start, x) + self.position[:n]
+        x = torch.where((items == START)[..., None], self.start, x) * self.config.dim**0.5 + self.position[:n]
         x = seeded_dropout(x, self.config.dropout, seeds, 0)
-        later = torch.ones(n, n, dtype=torch.bool).triu(1)
+        place = torch.arange(n)
+        distance = (place[:, None] - place).clamp(min=0)
         for block in self.blocks:
-            x = block(x, later, seeds)
+            x = block(x, distance, place > place[:, None], seeds)
         out: Tensor = self.norm(x)
         return out
 
@@ -110,24 +124,29 @@ class Transformer(Recommender):
     def score(
         self, users: Float[Tensor, "b d"], items: Int[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b n"] | Float[Tensor, "b k"]:
-        """Return ``h_u . v_i + b_i``."""
+        """Return ``h_u . v_i``."""
         if items is None:
-            return users @ self.item.T + self.item_bias
-        return torch.einsum("bd,bkd->bk", users, F.embedding(items, self.item)) + self._bias(items)
-
-    def _bias(self, items: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        return F.embedding(items, self.item_bias[:, None])[..., 0]
+            return users @ self.item.T
+        return torch.einsum("bd,bkd->bk", users, F.embedding(items, self.item))
 
     def loss(self, batch: Batch[Tensor], local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
-        """Return the mean next-item softmax loss over each person's targets, with dropout seeded by the batch."""
+        """Return the mean softmax loss over each person's targets, with dropout seeded by the batch."""
         states = self.hidden(batch.inputs, batch.seeds)  # [b t d]
-        if not self.gathers:
-            return full_softmax(states @ self.item.T + self.item_bias, batch.targets, batch.target_mask)
-        positive = (states * F.embedding(batch.targets, self.item)).sum(-1) + self._bias(batch.targets)
-        negative = states @ F.embedding(batch.negatives, self.item).transpose(-1, -2)
-        negative = negative + self._bias(batch.negatives)[:, None]
-        collides = batch.targets[..., None] == batch.negatives[:, None]
-        return sampled_softmax(positive, negative, collides, batch.target_mask, self.n_items)
+        n, c = states.shape[1], self.config
+        targets = F.embedding(batch.targets, self.item)
+        # The target after next, and so on: shifted products, zero past the end.
+        shifts = range(min(c.horizon, n))
+        logits = torch.stack([F.pad((states[:, : n - j] * targets[:, j:]).sum(-1), (0, j)) for j in shifts], -1)
+        there = torch.stack([F.pad(batch.input_mask[:, j:], (0, j)) for j in shifts], -1)  # [b t h]
+        if self.gathers:
+            negative = states @ F.embedding(batch.negatives, self.item).transpose(-1, -2)
+            stands_for = max(self.n_items - 1, 1) / batch.negatives.shape[-1]
+        else:
+            negative, stands_for = states @ self.item.T, 1.0
+        had = batch.negative_since[:, None] <= torch.arange(n)[:, None]  # [b t n]
+        is_target = batch.targets[..., None] == batch.negatives[:, None]
+        wanted = lookahead(logits, there, c.horizon_decay)
+        return sampled_softmax(logits[..., 0], wanted, negative, had | is_target, batch.target_mask, stands_for)
 
     def grow(self, n_items: int, key: Key) -> Self:
         """Return a copy with freshly drawn vectors for the new items."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from fedrec.protocol import wire
 from fedrec.protocol.task import AnyTask, Task
 from fedrec.random import Key
 
-_SLOTS = "plan.slots"
+_SLOTS, _MODEL, _INPUT = "slots", "model/", "input/"
 
 
 class _Header(BaseModel):
@@ -46,6 +46,7 @@ class RoundPlan:
         key: root of all randomness in this round.
         catalog_digest: the catalogue that item numbers refer to.
         slots: [k] int64, which of the node's eligible clients take part.
+        inputs: further named tensors that the task needs, for example released popularity counts.
     """
 
     slice: int
@@ -57,10 +58,13 @@ class RoundPlan:
     key: Key
     catalog_digest: str
     slots: NDArray[np.int64]
+    inputs: Params = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Return the plan in the wire format."""
-        return wire.pack("plan", self._header, {**self.params, _SLOTS: self.slots})
+        tensors = {_MODEL + name: value for name, value in self.params.items()}
+        tensors |= {_INPUT + name: value for name, value in self.inputs.items()}
+        return wire.pack("plan", self._header, {**tensors, _SLOTS: self.slots})
 
     @cached_property
     def _header(self) -> dict[str, Any]:
@@ -87,9 +91,11 @@ class RoundPlan:
             slots, key = tensors.pop(_SLOTS), Key.from_hex(header.key)
         except (ValidationError, KeyError, ValueError) as error:
             raise ProtocolError(f"The plan is malformed: {error}") from error
+        params = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
+        inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
         return cls(
-            header.slice, header.round, header.task, header.model, header.n_items, tensors, key,
-            header.catalog_digest, slots,
+            header.slice, header.round, header.task, header.model, header.n_items, params, key,
+            header.catalog_digest, slots, inputs,
         )  # fmt: skip
 
 

@@ -46,6 +46,9 @@ class EvaluateTask(_Settings):
 
     kind: Literal["evaluate"] = "evaluate"
     window: Window
+    probes: int | None = Field(default=None, ge=1)
+    """Ask at up to so many places, evenly spread over the window, for the next item given everything before it; None:
+    ask once, before the window, for all of its items."""
     ks: tuple[int, ...] = (10, 20)
     """Lengths of the recommended list."""
     replicates: int = Field(default=200, ge=0)

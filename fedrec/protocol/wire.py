@@ -29,7 +29,7 @@ def pack(kind: str, header: dict[str, Any], tensors: Params) -> bytes:
     metadata = {"fedrec": str(VERSION), "kind": kind, "header": json.dumps(header, sort_keys=True)}
     # safetensors keeps metadata in a hash map, so more than one entry would be written in random order.
     return save(
-        {name: np.ascontiguousarray(value) for name, value in tensors.items()}, {"fedrec": json.dumps(metadata)}
+        {name: np.asarray(value, order="C") for name, value in tensors.items()}, {"fedrec": json.dumps(metadata)}
     )
 
 

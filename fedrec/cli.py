@@ -1,0 +1,148 @@
+"""The `fedrec` command. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedrec import __version__
+from fedrec.data.commands import app as data_app
+from fedrec.errors import FedrecError
+from fedrec.server.commands import app as releases_app
+
+app = typer.Typer(
+    name="fedrec",
+    help="Federated lifelong recommendation: private histories stay where they are, one recommender keeps learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(data_app, name="data", help="Data sets: list, fetch, describe, import.")
+app.add_typer(releases_app, name="releases", help="Releases: list, show, promote, roll back, verify.")
+
+RegistryOption = Annotated[
+    Path, typer.Option("--registry", envvar="FEDREC_REGISTRY", help="Folder of the registry of releases.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fedrec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Take the options that come before a verb."""
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[
+        str, typer.Argument(help="TOML file, or the name of an experiment that comes with fedrec.")
+    ] = "quickstart",
+    out: Annotated[Path, typer.Option("--out", help="Root of run folders.")] = Path("runs"),
+    registry: RegistryOption = Path("runs/registry"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Use this seed instead of the experiment's.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run an experiment: a lifelong federated run with progress, report (HTML and JSON) and a registry of releases."""
+    from rich.console import Console
+
+    from fedrec.config import Experiment, PoissonCohort, StreamSplit
+
+    settings = Experiment.find(experiment)
+    if seed is not None:
+        settings = settings.model_copy(update={"seed": seed})
+    _need("torch", "flwr")
+    from fedrec.evaluation.report import print_table
+    from fedrec.grid.simulate import simulate as run
+    from fedrec.progress import RunProgress
+
+    notes = Console(stderr=True)
+    n_slices = settings.split.later + 1 if isinstance(settings.split, StreamSplit) else 1
+    cohort = settings.training.cohort
+    expected = cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
+    with RunProgress(notes, n_slices, expected) as bars:
+        document, folder = run(
+            settings,
+            runs=out,
+            registry=registry,
+            resume=resume,
+            command=shlex.join(["fedrec", *sys.argv[1:]]),
+            observe=bars.observe,
+            say=lambda note: notes.print(note, highlight=False),
+        )
+    if as_json:
+        print(json.dumps(document))
+        return
+    console = Console()
+    print_table(document, console)
+    console.print(f"Report:   {folder / 'report.html'}\nRegistry: {registry}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def recommend(
+    history: Annotated[str, typer.Option("--history", help="Item ids, oldest first, separated by commas.")] = "",
+    release: Annotated[str, typer.Option("--release", help="A version, or 'latest' (the promoted one).")] = "latest",
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items.")] = 10,
+    registry: RegistryOption = Path("runs/registry"),
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend to a person whom the release has never seen, from what they did so far."""
+    _need("torch")
+    from fedrec.server.recommend import recommend as serve
+    from fedrec.server.registry import Registry
+
+    loaded = Registry(registry).load(int(release) if release.isdigit() else release)
+    ids = [item.strip() for item in history.split(",") if item.strip()]
+    found = serve(loaded, ids, k)
+    document: dict[str, Any] = {
+        "release": loaded.version,
+        "history": [{"id": i, "title": t} for i, t in zip(ids, found.history_titles, strict=True)],
+        "items": [item.to_dict() for item in found.items],
+    }
+    if as_json:
+        print(json.dumps(document, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Release {loaded.version} recommends", title_justify="left")
+    for name, justify in (("", "right"), ("id", "right"), ("title", "left"), ("genres", "left"), ("score", "right")):
+        table.add_column(name, justify="right" if justify == "right" else "left")
+    for item in found.items:
+        table.add_row(str(item.rank), item.id, item.title, ", ".join(item.attributes), f"{item.score:.3f}")
+    console = Console()
+    console.print("After " + ("; ".join(found.history_titles) or "nothing yet"), highlight=False)
+    console.print(table)
+
+
+def _need(*packages: str) -> None:
+    """Raise a clear error if an optional part of fedrec is not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise FedrecError(f"This verb needs {' and '.join(missing)}; install them with: pip install 'fedrec[sim]'.")
+
+
+def main() -> None:
+    """Run the command line; a mistake gives one sentence on stderr and exit code 1."""
+    try:
+        app()
+    except FedrecError as error:
+        print(f"fedrec: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("fedrec: stopped; what was checkpointed can be resumed with --resume.", file=sys.stderr)
+        raise SystemExit(130) from None

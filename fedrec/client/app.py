@@ -1,0 +1,66 @@
+"""The Flower ClientApp: a message comes in, the node's pool does the work, a message goes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedrec.client.pool import ClientPool, LogPool
+from fedrec.config import Experiment
+from fedrec.data.sources import load_dataset
+from fedrec.errors import RunError
+from fedrec.protocol.flower import from_record, to_record
+from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
+
+def client_app(pool_for: Callable[[Context], ClientPool]) -> ClientApp:
+    """Return a ClientApp whose nodes host the pools that `pool_for` gives."""
+    made = ClientApp()
+
+    @made.query("census")
+    def census(message: Message, context: Context) -> Message:
+        request = CensusRequest.from_bytes(_document(message))
+        pool = pool_for(context)
+        n_clients = pool.census(request.window, request.catalog_digest)
+        return _reply(message, Census(node=pool.name, n_clients=n_clients).to_bytes())
+
+    @made.train("run")
+    def run(message: Message, context: Context) -> Message:
+        return _reply(message, pool_for(context).run(RoundPlan.from_bytes(_document(message))).to_bytes())
+
+    return made
+
+
+def _document(message: Message) -> bytes:
+    return from_record(message.content)
+
+
+def _reply(message: Message, document: bytes) -> Message:
+    return Message(to_record(document), reply_to=message)
+
+
+def simulated_pool(context: Context) -> LogPool:
+    """Return this node's share of the experiment's data set, for Flower's own simulation engine.
+
+    Raises:
+        RunError: the node has no partition number.
+    """
+    partition, n_partitions = context.node_config.get("partition-id"), context.node_config.get("num-partitions")
+    if not isinstance(partition, int) or not isinstance(n_partitions, int):
+        raise RunError("This node has no partition-id and num-partitions; start it from a Flower simulation.")
+    return _partition(str(context.run_config["experiment"]), partition, n_partitions)
+
+
+@lru_cache(maxsize=64)
+def _partition(experiment: str, partition: int, n_partitions: int) -> LogPool:
+    import torch
+
+    settings = Experiment.find(experiment)
+    torch.set_num_threads(settings.runtime.threads)
+    dataset = load_dataset(settings.data.source)
+    return LogPool.partition(dataset.log, dataset.catalog, partition, n_partitions, settings.runtime.engine)
+
+
+app = client_app(simulated_pool)

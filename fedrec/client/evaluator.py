@@ -1,0 +1,116 @@
+"""A client judges a model on its own held-out interactions, and contributes sums of metrics."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedrec.client.vectorised import train_batched
+from fedrec.data.batches import Cohort, histories
+from fedrec.data.catalog import ItemCatalog
+from fedrec.data.slices import LastWindow, TimeWindow, resolve
+from fedrec.evaluation.intervals import contributions, poisson_weights
+from fedrec.evaluation.metrics import average_people, evaluate_people
+from fedrec.evaluation.ranking import ItemLists
+from fedrec.models.build import restore
+from fedrec.models.recommender import Recommender, score_all, set_params
+from fedrec.params import Accumulator
+from fedrec.protocol.plan import RoundPlan
+from fedrec.protocol.tally import Tally
+from fedrec.protocol.task import EvaluateTask, FitTask
+from fedrec.random import Key
+
+BLOCK = 64
+"""People judged in one computation."""
+PERSONAL_BLOCK = 32
+"""People whose own models are held at the same time."""
+
+
+def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemCatalog) -> Tally:
+    """Rank each client's held-out items among all that it did not know, and return sums of the metrics.
+
+    Args:
+        plan: holds the model, and ``popularity`` [n_items], released counts that novelty is measured against.
+        task: what to measure.
+        cohort: the clients; ``[low, high)`` are the held-out places.
+        catalog: item attributes, for diversity.
+    """
+    model = restore(plan.model, plan.n_items, plan.params)
+    attributes = catalog.attribute_matrix[: plan.n_items]
+    sums = Accumulator()
+    for start in range(0, len(cohort), BLOCK):
+        people = cohort.take(slice(start, start + BLOCK))
+        owner, asked = ask(people, task.probes)
+        if task.personalise is None:
+            scores = _scores(model, asked)
+        else:
+            scores = _own_scores(model, people, asked, owner, task.personalise, plan.key.child("local-only"))
+        metrics = evaluate_people(
+            scores,
+            item_lists(asked, np.zeros_like(asked.low), asked.low),
+            item_lists(asked, asked.low, asked.high),
+            task.n_known_items,
+            task.ks,
+            attributes=attributes,
+            popularity=plan.inputs["popularity"],
+            returning=people.low[owner] > 0,
+            sampled=(task.sampled_negatives, asked.ids, plan.key.child("sampled")) if task.sampled_negatives else None,
+        )
+        weights = poisson_weights(plan.key.child("bootstrap"), people.ids, task.replicates)
+        sums.fold(contributions(average_people(metrics, owner, len(people)), weights))
+    return Tally(sums.value(), len(cohort), {})
+
+
+def ask(people: Cohort, probes: int | None) -> tuple[NDArray[np.int64], Cohort]:
+    """Return the questions that are put to people: ``(owner [q], cohort of q questions)``.
+
+    A question's held-out places are ``[low, high)``; everything before `low` is known when it is asked.
+    """
+    if probes is None:
+        return np.arange(len(people), dtype=np.int64), people
+    width = people.high - people.low
+    count = np.minimum(width, probes)
+    owner = np.repeat(np.arange(len(people), dtype=np.int64), count)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    place = people.low[owner] + nth * width[owner] // count[owner]
+    return owner, replace(people.take(owner), low=place, high=place + 1)
+
+
+def item_lists(cohort: Cohort, low: NDArray[np.int64], high: NDArray[np.int64]) -> ItemLists:
+    """Return each client's items at places ``[low, high)`` of its history."""
+    width = high - low
+    offsets = np.concatenate(([0], np.cumsum(width))).astype(np.int64)
+    rows = np.arange(int(offsets[-1])) + np.repeat(cohort.log.offsets[cohort.users] + low - offsets[:-1], width)
+    return ItemLists(offsets, cohort.log.item[rows].astype(np.int64))
+
+
+def _scores(model: Recommender, cohort: Cohort) -> NDArray[np.float32]:
+    return score_all(model, histories(cohort, cohort.low, model.spec))
+
+
+def _own_scores(
+    model: Recommender, people: Cohort, asked: Cohort, owner: NDArray[np.int64], fit: FitTask, key: Key
+) -> NDArray[np.float32]:
+    """Return the scores of models that each person trained alone, on their own interactions in the fit's window."""
+    shared = {name: value.detach().clone() for name, value in model.named_parameters()}
+    low, high = resolve_of(people, fit.window)
+    training = replace(people, low=low, high=high)
+    scores = _scores(model, asked)  # somebody without anything to train on keeps the model as it came
+    able = np.flatnonzero(high > low)
+    for start in range(0, len(able), PERSONAL_BLOCK):
+        places = able[start : start + PERSONAL_BLOCK]
+        trained = train_batched(model, training.take(places), fit.local, key)
+        for i, place in enumerate(places):
+            set_params(model, {name: value.numpy() for name, value in trained.client_params(shared, i).items()})
+            rows = np.flatnonzero(owner == place)
+            scores[rows] = _scores(model, asked.take(rows))
+        set_params(model, {name: value.numpy() for name, value in shared.items()})
+    return scores
+
+
+def resolve_of(cohort: Cohort, window: TimeWindow | LastWindow) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the window's range of places in the history of each client of the cohort."""
+    low, high = resolve(cohort.log, window)
+    return low[cohort.users], high[cohort.users]

@@ -1,0 +1,251 @@
+"""`Experiment`: everything that decides what a run computes, read from one TOML file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedrec.errors import ConfigError, nearest
+from fedrec.models.configs import ModelConfig
+from fedrec.protocol.task import LocalTraining
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(_Settings):
+    """Which interactions."""
+
+    source: str = "ml-100k"
+    """A known data set (`fedrec data list`) or a folder that `fedrec data import` wrote."""
+
+
+class StreamSplit(_Settings):
+    """Cut by global time: a base, later slices, and a tail that is only tested on."""
+
+    kind: Literal["stream"] = "stream"
+    base: float = Field(default=0.6, gt=0, lt=1)
+    """Share of the interactions in the base."""
+    later: int = Field(default=3, ge=0)
+    """How many equal slices follow."""
+    holdout: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the interactions in the tail, on which the last release is tested."""
+
+
+class LeaveOneOutSplit(_Settings):
+    """One slice: each person's last interaction is tested, the one before it is left for validation."""
+
+    kind: Literal["leave_one_out"] = "leave_one_out"
+    test: Literal["test", "validation"] = "test"
+    """Which of the two to predict; choose settings on "validation"."""
+
+
+class PoissonCohort(_Settings):
+    """Every eligible client takes part independently with the same probability."""
+
+    kind: Literal["poisson"] = "poisson"
+    expected: float = Field(default=128, gt=0)
+    """Expected number of clients in a round."""
+
+
+class FixedCohort(_Settings):
+    """The same number of clients in every round, drawn without replacement."""
+
+    kind: Literal["fixed"] = "fixed"
+    size: int = Field(default=128, ge=1)
+    """Number of clients in a round; everybody if fewer are eligible."""
+
+
+class SgdConfig(_Settings):
+    """``torch.optim.SGD`` on the mean update; learning rate 1 without momentum is FedAvg."""
+
+    kind: Literal["sgd"] = "sgd"
+    learning_rate: float = Field(default=1.0, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+
+
+class AdamConfig(_Settings):
+    """``torch.optim.AdamW`` on the mean update (FedAdam)."""
+
+    kind: Literal["adam"] = "adam"
+    learning_rate: float = Field(default=1e-3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class StageConfig(_Settings):
+    """How long and how fast to learn from one slice."""
+
+    rounds: int = Field(ge=0)
+    """How many rounds."""
+    warmup: int = Field(default=0, ge=0)
+    """Over how many first rounds the server's learning rate rises to its full value."""
+    final: float = Field(default=1.0, ge=0, le=1)
+    """What part of the learning rate is left in the last round; it falls along a cosine."""
+    speed: float = Field(default=1.0, gt=0)
+    """Factor on the server's learning rate in this stage."""
+
+
+class TrainingConfig(_Settings):
+    """How the shared model learns."""
+
+    cohort: Annotated[PoissonCohort | FixedCohort, Field(discriminator="kind")] = PoissonCohort()
+    local: LocalTraining = LocalTraining()
+    server: Annotated[SgdConfig | AdamConfig, Field(discriminator="kind")] = AdamConfig()
+    average: float = Field(default=0.0, ge=0, lt=1)
+    """Release an exponential moving average of the parameters over the rounds, with this decay; 0: the last ones."""
+    base: StageConfig = StageConfig(rounds=200, warmup=10, final=0.1)
+    """The first slice."""
+    later: StageConfig = StageConfig(rounds=50, final=0.1)
+    """Every later slice."""
+    timeout_seconds: float | None = Field(default=None, gt=0)
+    """How long a round waits for its nodes; None: until they answer."""
+
+
+class LocalOnlyConfig(_Settings):
+    """The local-only row: each client trains alone from the initial model. It must be weak, or the protocol leaks."""
+
+    people: int = Field(default=200, ge=0)
+    """How many people are asked; 0 leaves the row out."""
+    training: LocalTraining = LocalTraining(steps=20, learning_rate=0.5)
+
+
+class EvaluationConfig(_Settings):
+    """What is measured after each slice."""
+
+    probes: int | None = Field(default=None, ge=1)
+    """Ask for the next item at up to so many places of the test window; None: once for the whole window."""
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20)
+    """Lengths of the recommended list."""
+    replicates: int = Field(default=200, ge=0)
+    """How many bootstrap replicates the intervals come from."""
+    local_only: LocalOnlyConfig = LocalOnlyConfig()
+    sampled_negatives: int | None = Field(default=None, ge=1)
+    """Also rank against this many random items, for comparison with old papers only."""
+
+
+class RuntimeConfig(_Settings):
+    """How a run is carried out; none of it changes what is computed beyond rounding."""
+
+    nodes: int = Field(default=1, ge=1)
+    """How many nodes host the clients in a simulation."""
+    engine: Literal["batched", "each"] = "batched"
+    """Train clients in blocks, or one after the other."""
+    threads: int = Field(default=2, ge=1)
+    """torch threads of each process."""
+    checkpoint_every: int = Field(default=10, ge=1)
+    """Rounds between checkpoints."""
+
+
+class Experiment(_Settings):
+    """One run, complete."""
+
+    name: str = Field(default="experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the folder of its runs."""
+    seed: int = 1
+    """Root of all randomness."""
+    data: DataConfig = DataConfig()
+    split: Annotated[StreamSplit | LeaveOneOutSplit, Field(discriminator="kind")] = StreamSplit()
+    model: ModelConfig
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def digest(self) -> str:
+        """Return the SHA-256 of everything that decides the result; `runtime` does not count."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"runtime"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path) -> Experiment:
+        """Read an experiment from a TOML file.
+
+        Raises:
+            ConfigError: there is no such file, it is not TOML, or it says something impossible.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise ConfigError(f"Cannot read the experiment '{path}': {reason}.") from error
+        try:
+            return cls.parse(tomllib.loads(text), str(path))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"'{path}' is not valid TOML: {error}.") from error
+
+    @classmethod
+    def find(cls, name: str) -> Experiment:
+        """Read an experiment by path, or one that comes with fedrec by its name, for example "quickstart".
+
+        Raises:
+            ConfigError: there is neither.
+        """
+        path = Path(name)
+        if path.exists() or not (bundled := simulations_folder() / f"{path.stem}.toml").is_file():
+            return cls.load(path)
+        return cls.load(bundled)
+
+    @classmethod
+    def parse(cls, document: dict[str, Any], where: str = "the experiment") -> Experiment:
+        """Check a document that came from TOML or JSON; `where` names it in errors.
+
+        Raises:
+            ConfigError: with the first problem, in one sentence.
+        """
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, where)) from error
+
+
+def simulations_folder() -> Path:
+    """Return the folder of the experiments that come with fedrec, installed or in a checkout."""
+    installed = Path(__file__).parent / "simulations"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "simulations"
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    problems = error.errors()
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    fields, path = _fields_at(problem["loc"])
+    dotted = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        return f"Unknown key '{dotted}' in {where}{nearest(key, fields)}. Known here: {', '.join(fields)}."
+    if problem["type"] == "missing":
+        return f"'{dotted}' is missing in {where}."
+    return f"'{dotted}' in {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})."
+
+
+def _fields_at(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """Return the keys known where the error lies, and its path as the user wrote it (without union tags)."""
+    settings: type[BaseModel] = Experiment
+    path: list[str] = []
+    members: tuple[Any, ...] = ()
+    for part in location:
+        tagged = [m for m in members if m.model_fields["kind"].default == part]
+        members = ()
+        if tagged:
+            settings = tagged[0]
+            continue
+        path.append(str(part))
+        field = settings.model_fields.get(str(part))
+        if field is None:
+            continue
+        options = [m for m in get_args(field.annotation) or (field.annotation,) if _is_settings(m)]
+        if len(options) == 1:
+            settings = options[0]
+        members = tuple(options) if len(options) > 1 else ()
+    return list(settings.model_fields), path
+
+
+def _is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

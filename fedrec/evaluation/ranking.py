@@ -1,0 +1,312 @@
+"""Where the held-out items stand among all items that a person does not know yet.
+
+Everything that is undecided counts against the recommender: a tie with an item that the person did not choose is lost,
+and a score that is NaN is the worst score there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedrec.errors import ConfigError, DataError
+from fedrec.random import Key
+
+_BLOCK_VALUES = 1 << 18
+"""Scores looked at in one go: small enough to stay in the cache."""
+_SORT_FROM = 5
+"""Targets per person from which sorting the scores once beats comparing them with each target."""
+_WORST = np.finfo(np.float32).min
+
+
+@dataclass(frozen=True, eq=False)
+class ItemLists:
+    """A list of item numbers for each of b people, one after the other (CSR).
+
+    >>> ItemLists(np.array([0, 2, 2, 3]), np.array([7, 4, 9])).rows.tolist()
+    [0, 0, 2]
+
+    Attributes:
+        offsets: [b + 1] int64; the list of person i is ``items[offsets[i] : offsets[i + 1]]``.
+        items: [T] int64 item numbers.
+    """
+
+    offsets: NDArray[np.int64]
+    items: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        """Check that the offsets cut up the items."""
+        steps = np.diff(self.offsets)
+        if len(self.offsets) == 0 or self.offsets[0] != 0 or (steps < 0).any() or self.offsets[-1] != len(self.items):
+            raise DataError(
+                f"Offsets of item lists must rise from 0 to the number of items, {len(self.items):,}; make them so."
+            )
+
+    @classmethod
+    def from_pairs(cls, rows: NDArray[np.int64], items: NDArray[np.int64], n_people: int) -> ItemLists:
+        """Group pairs (person, item), both [T], into the lists of `n_people` people, in the order given."""
+        order = np.argsort(rows, kind="stable")
+        counts = np.bincount(rows, minlength=n_people)
+        return cls(np.concatenate(([0], np.cumsum(counts))).astype(np.int64), np.asarray(items, np.int64)[order])
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """[b] how many items each person's list holds."""
+        return np.diff(self.offsets)
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """[T] the person of each item."""
+        return np.repeat(np.arange(len(self.offsets) - 1), self.counts)
+
+
+Targets: TypeAlias = ItemLists
+"""Held-out items per person."""
+Known: TypeAlias = ItemLists | tuple[NDArray[np.int64], NDArray[np.int64]]
+"""What people know: a list for each of them, or pairs (rows [K], items [K]) in any order; repeats do no harm."""
+
+
+@dataclass(frozen=True, eq=False)
+class RankedTargets:
+    """The held-out items of b people in the order of their ranks.
+
+    Attributes:
+        targets: the held-out items that were not known, each once, best rank first.
+        ranks: [T] int64 rank of each of them, 1 is the top.
+        n_candidates: [b] int64, how many items were ranked for each person, targets included.
+    """
+
+    targets: Targets
+    ranks: NDArray[np.int64]
+    n_candidates: NDArray[np.int64]
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """[T] the place, from 1, of each target among the targets of its person."""
+        return np.arange(len(self.ranks)) - self.targets.offsets[self.targets.rows] + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The scores of the items that may be recommended.
+
+    Attributes:
+        scores: [b, n_items] float32; -inf where the person knows the item, and nowhere else; no NaN.
+    """
+
+    scores: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, scores: NDArray[np.float32], known: Known) -> Candidates:
+        """Mask what people know; a candidate's NaN or -inf becomes the smallest finite number.
+
+        Args:
+            scores: [b, n_items] float32; not changed.
+            known: items that each person knows.
+
+        Raises:
+            DataError: the scores are no matrix, or `known` names a person or an item outside of it.
+        """
+        if scores.ndim != 2:
+            raise DataError(f"Scores to rank must have the shape [people, items], not {list(scores.shape)}.")
+        rows, items = (known.rows, known.items) if isinstance(known, ItemLists) else known
+        _check_inside(scores, rows, items, "known")
+        masked = np.fmax(scores, _WORST, dtype=np.float32)
+        masked[rows, items] = -np.inf
+        return cls(masked)
+
+    @property
+    def n_candidates(self) -> NDArray[np.int64]:
+        """[b] how many items each person may be recommended."""
+        return np.asarray(np.count_nonzero(self.scores > -np.inf, axis=1), np.int64)
+
+    def unknown(self, targets: Targets) -> Targets:
+        """Return the targets that are candidates, each once and in ascending order per person.
+
+        Raises:
+            DataError: the targets are not of as many people, or name an item that has no score.
+        """
+        b, n_items = self.scores.shape
+        if len(targets.offsets) - 1 != b:
+            raise DataError(f"There are scores for {b:,} people and targets for {len(targets.offsets) - 1:,}.")
+        _check_inside(self.scores, targets.rows, targets.items, "target")
+        rows, items = np.divmod(np.unique(targets.rows * n_items + targets.items), max(n_items, 1))
+        kept = self.scores[rows, items] > -np.inf
+        return ItemLists.from_pairs(rows[kept], items[kept], b)
+
+    def rank(self, targets: Targets) -> RankedTargets:
+        """Rank the targets; see `rank_targets`."""
+        targets = self.unknown(targets)
+        rows = targets.rows
+        scores = self.scores[rows, targets.items]
+        order = np.lexsort((targets.items, -scores, rows))
+        targets, scores = ItemLists(targets.offsets, targets.items[order]), scores[order]
+        starts = targets.offsets[rows]
+        above = _n_at_least(self.scores, rows, scores) - (_run_ends(rows, scores) - starts)
+        return RankedTargets(targets, np.arange(len(rows)) - starts + 1 + above, self.n_candidates)
+
+    def top_k(self, k: int, targets: Targets) -> NDArray[np.int64]:
+        """List the best candidates; see `top_k`."""
+        b, n_items = self.scores.shape
+        if k < 1:
+            raise ConfigError(f"A list of the best {k} items is empty; ask for 1 or more.")
+        lists = np.full((b, k), -1, np.int64)
+        targets = self.unknown(targets)
+        owners = targets.rows
+        for block in _row_blocks(b, n_items):
+            scores = self.scores[block]
+            kth = np.partition(scores, n_items - k, axis=1)[:, n_items - k, None] if k < n_items else _WORST
+            rows, items = np.nonzero(scores >= np.maximum(kth, _WORST))
+            is_target = np.zeros(scores.shape, np.bool_)
+            mine = slice(targets.offsets[block.start], targets.offsets[block.stop])
+            is_target[owners[mine] - block.start, targets.items[mine]] = True
+            order = np.lexsort((items, is_target[rows, items], -scores[rows, items], rows))
+            rows, items = rows[order], items[order]
+            place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+            kept = place < k
+            lists[rows[kept] + block.start, place[kept]] = items[kept]
+        return lists
+
+
+def rank_targets(scores: NDArray[np.float32], known: Known, targets: Targets) -> RankedTargets:
+    r"""Rank each person's held-out items among all items that the person does not know.
+
+    .. math:: rank_j = j + |\{i : i \text{ neither known nor a target}, s_i \ge s_{t_j}\}|
+
+    for the targets :math:`t_1, t_2, ...` of one person in the order of falling scores. A target that the person already
+    knows is dropped.
+
+    Args:
+        scores: [b, n_items] float32.
+        known: items that each person knows; they are no candidates.
+        targets: held-out items of the b people; repeats count once.
+
+    Raises:
+        DataError: shapes do not fit together, or a number is out of range.
+
+    Source: ranking against the whole catalogue, as Krichene and Rendle, KDD 2020, ask for.
+    """
+    return Candidates.of(scores, known).rank(targets)
+
+
+def top_k(scores: NDArray[np.float32], known: Known, k: int, targets: Targets) -> NDArray[np.int64]:
+    """List the k best items that each person does not know; in a tie a target comes last, then the higher number.
+
+    Args:
+        scores: [b, n_items] float32.
+        known: items that each person knows; they are no candidates.
+        k: length of the lists.
+        targets: held-out items of the b people, for deciding ties against them.
+
+    Returns:
+        [b, k] int64 item numbers, best first; -1 where there are fewer than k candidates.
+
+    Raises:
+        ConfigError: k is below 1.
+        DataError: shapes do not fit together, or a number is out of range.
+    """
+    return Candidates.of(scores, known).top_k(k, targets)
+
+
+def sampled_ranks(
+    scores: NDArray[np.float32],
+    known: Known,
+    targets: Targets,
+    clients: NDArray[np.int64],
+    key: Key,
+    *,
+    n_sampled: int = 99,
+) -> RankedTargets:
+    """Rank each person's held-out items among them and a few items drawn at random: only to compare with old papers.
+
+    The metrics of such ranks are biased, and they may put recommenders in another order than the true ones do. With one
+    target per person and 99 others this is the protocol of the NCF paper.
+
+    Args:
+        scores: [b, n_items] float32.
+        known: items that each person knows; they are no candidates.
+        targets: held-out items of the b people.
+        clients: [b] client numbers; a client draws the same items in whatever batch it is.
+        key: the stream of the draws.
+        n_sampled: how many items are drawn, without replacement, from those neither known nor held out; all of them
+            where there are fewer.
+
+    Raises:
+        DataError: shapes do not fit together, or a number is out of range.
+
+    Source: He et al., WWW 2017, section 4.1; the bias: Krichene and Rendle, KDD 2020.
+    """
+    candidates = Candidates.of(scores, known)
+    b, n_items = scores.shape
+    if len(clients) != b:
+        raise DataError(f"There are scores for {b:,} people and {len(clients):,} client numbers.")
+    held_out = candidates.unknown(targets)
+    others = candidates.scores.copy()
+    others[held_out.rows, held_out.items] = -np.inf
+    few = np.full_like(others, -np.inf)
+    few[held_out.rows, held_out.items] = candidates.scores[held_out.rows, held_out.items]
+    n_drawn = min(n_sampled, n_items)
+    for block in _row_blocks(b, n_items):
+        draws = np.where(others[block] > -np.inf, key.uniforms(clients[block], n_items), 1.0)
+        items = np.argpartition(draws, n_drawn - 1, axis=1)[:, :n_drawn]
+        rows = np.arange(block.start, block.stop)[:, None]
+        few[rows, items] = np.maximum(few[rows, items], others[rows, items])
+    return Candidates(few).rank(held_out)
+
+
+def _check_inside(scores: NDArray[np.float32], rows: NDArray[np.int64], items: NDArray[np.int64], what: str) -> None:
+    b, n_items = scores.shape
+    for numbers, limit, noun in ((rows, b, "person"), (items, n_items, "item")):
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < limit):
+            worst = int(numbers.max()) if numbers.max() >= limit else int(numbers.min())
+            raise DataError(
+                f"A {what} entry names {noun} {worst}, but the scores are of {b:,} people and {n_items:,} items."
+            )
+
+
+def _row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
+    step = max(1, _BLOCK_VALUES // max(n_columns, 1))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def _run_ends(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return for each target, [T] sorted by (row, falling score), where its run of equal scores ends."""
+    last = np.ones(len(rows), np.bool_)
+    last[:-1] = (rows[1:] != rows[:-1]) | (scores[1:] != scores[:-1])
+    ends = np.flatnonzero(last)
+    return ends[np.searchsorted(ends, np.arange(len(rows)))] + 1
+
+
+def _n_at_least(
+    scores: NDArray[np.float32], rows: NDArray[np.int64], thresholds: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """Return for each of T thresholds how many scores of its row, in ascending rows, are at least as high: [T]."""
+    if len(rows) >= _SORT_FROM * len(scores):
+        return _n_at_least_sorting(scores, rows, thresholds)
+    counts = np.empty(len(rows), np.int64)
+    for block in _row_blocks(len(rows), scores.shape[1]):
+        counts[block] = np.count_nonzero(scores[rows[block]] >= thresholds[block, None], axis=1)
+    return counts
+
+
+def _n_at_least_sorting(
+    scores: NDArray[np.float32], rows: NDArray[np.int64], thresholds: NDArray[np.float32]
+) -> NDArray[np.int64]:
+    """Return what `_n_at_least` returns, by sorting each row once and a binary search for each threshold."""
+    n = scores.shape[1]
+    counts = np.empty(len(rows), np.int64)
+    for block in _row_blocks(*scores.shape):
+        mine = slice(*np.searchsorted(rows, (block.start, block.stop)))
+        ordered = np.sort(scores[block], axis=1)
+        low, high = np.zeros(mine.stop - mine.start, np.int64), np.full(mine.stop - mine.start, n)
+        for _ in range(n.bit_length()):
+            middle = (low + high) // 2
+            below = (middle < n) & (ordered[rows[mine] - block.start, np.minimum(middle, n - 1)] < thresholds[mine])
+            low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
+        counts[mine] = n - low
+    return counts

@@ -1,0 +1,68 @@
+"""A whole simulation in this process: data, nodes, grid, apps, run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+
+from fedrec.client.app import client_app
+from fedrec.client.pool import LogPool
+from fedrec.config import Experiment
+from fedrec.data.cleaning import Dataset
+from fedrec.data.sources import load_dataset
+from fedrec.grid.in_process import SERVER_NODE_ID, InProcessGrid
+from fedrec.server.app import GridLink, server_app
+from fedrec.server.lifelong import Observer
+from fedrec.server.registry import Registry
+from fedrec.server.run import RunFolder, run_experiment
+
+DEFAULT_RUNS, DEFAULT_REGISTRY = Path("runs"), Path("runs/registry")
+
+
+def simulate(
+    experiment: Experiment,
+    *,
+    runs: Path = DEFAULT_RUNS,
+    registry: Path = DEFAULT_REGISTRY,
+    resume: bool = False,
+    dataset: Dataset | None = None,
+    command: str = "fedrec.grid.simulate.simulate(...)",
+    observe: Observer = lambda event: None,
+    say: Callable[[str], None] = lambda note: None,
+) -> tuple[dict[str, Any], Path]:
+    """Run an experiment over `InProcessGrid` and return the report's document and the run's folder.
+
+    Args:
+        experiment: what to run.
+        runs: root of run folders.
+        registry: where releases go.
+        resume: go on with the newest unfinished run of this experiment instead of starting one.
+        dataset: the interactions; loaded as the experiment says if not given.
+        command: what the user typed, for the report.
+        observe: is told what happens.
+        say: gets notes about where data came from.
+
+    Raises:
+        FedrecError: whatever went wrong, in one sentence.
+    """
+    import torch
+
+    folder = RunFolder.unfinished(runs, experiment) if resume else None
+    data = load_dataset(experiment.data.source, say=say) if dataset is None else dataset
+    torch.set_num_threads(experiment.runtime.threads)
+    n_nodes = experiment.runtime.nodes
+    pools = [LogPool.partition(data.log, data.catalog, i, n_nodes, experiment.runtime.engine) for i in range(n_nodes)]
+    grid = InProcessGrid(client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1]), [{}] * n_nodes, {})
+    store = Registry(registry)
+    store.prepare()
+    chosen = folder or RunFolder.new(runs, experiment)
+    documents: list[dict[str, Any]] = []
+
+    def main(link: GridLink, context: Context) -> None:
+        documents.append(run_experiment(experiment, data, link, chosen, store, command=command, observe=observe))
+
+    server_app(main)(grid, grid.server_context())
+    return documents[0], chosen.path

@@ -1,0 +1,1 @@
+"""Rounds, aggregation, the lifelong stream and releases."""

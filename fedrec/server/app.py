@@ -1,0 +1,106 @@
+"""The Flower ServerApp, and the Grid as a `Link`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.serverapp import Grid, ServerApp
+
+from fedrec.config import Experiment
+from fedrec.data.sources import load_dataset
+from fedrec.errors import ProtocolError, RunError
+from fedrec.protocol.flower import from_record, to_record
+from fedrec.protocol.link import Reply, Verb
+from fedrec.server.lifelong import Event
+from fedrec.server.registry import Registry
+from fedrec.server.run import RunFolder, run_experiment
+
+MESSAGE_TYPES: Mapping[Verb, str] = {"census": "query.census", "run": "train.run"}
+
+
+@dataclass(frozen=True)
+class GridLink:
+    """A Flower Grid as a `Link`: in-process, Ray or SuperLink, it makes no difference."""
+
+    grid: Grid
+
+    def nodes(self) -> list[int]:
+        """Return the ids of the nodes that are connected."""
+        return sorted(self.grid.get_node_ids())
+
+    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+        """Send one message to each node and yield the replies; an error reply carries its reason."""
+        messages = [
+            Message(to_record(document), dst_node_id=node, message_type=MESSAGE_TYPES[verb])
+            for node, document in documents.items()
+        ]
+        for reply in self.grid.send_and_receive(messages, timeout=timeout_seconds):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                yield Reply(node, None, f"the node failed: {reply.error.reason}")
+                continue
+            try:
+                yield Reply(node, from_record(reply.content))
+            except ProtocolError as error:
+                yield Reply(node, None, str(error))
+
+    def wait_for(self, n_nodes: int, timeout_seconds: float = 120.0) -> None:
+        """Return when so many nodes are connected.
+
+        Raises:
+            RunError: they are not, in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while len(found := self.nodes()) < n_nodes:
+            if time.monotonic() > deadline:
+                raise RunError(f"{len(found)} of {n_nodes} nodes are connected after {timeout_seconds:.0f} s.")
+            time.sleep(0.2)
+
+
+def server_app(main: Callable[[GridLink, Context], None]) -> ServerApp:
+    """Return a ServerApp that runs `main` over the Grid that Flower hands it."""
+    made = ServerApp()
+
+    @made.main()
+    def run(grid: Grid, context: Context) -> None:
+        main(GridLink(grid), context)
+
+    return made
+
+
+def run_configured(link: GridLink, context: Context) -> None:
+    """Carry out the experiment that Flower's run config names: keys experiment, nodes, out, registry, resume."""
+    config = context.run_config
+    experiment = Experiment.find(str(config["experiment"]))
+    root = Path(str(config["out"])).absolute()
+    open_run = RunFolder.unfinished if config["resume"] else RunFolder.new
+    link.wait_for(int(config["nodes"]))
+    folder = open_run(root, experiment)
+    run_experiment(
+        experiment,
+        load_dataset(experiment.data.source),
+        link,
+        folder,
+        Registry(Path(str(config["registry"])).absolute()),
+        command="flwr run .",
+        observe=log_event,
+    )
+    print(f"fedrec: report at {folder.path / 'report.html'}", flush=True)
+
+
+def log_event(event: Event) -> None:
+    """Print one line for each slice, each tenth round and each release."""
+    record = event.record
+    if event.kind == "slice":
+        print(f"fedrec: slice {record['slice']}: {record['rounds']} rounds, {record['clients']} clients", flush=True)
+    elif event.kind == "round" and record["round"] % 10 == 0:
+        print(f"fedrec: slice {record['slice']}, round {record['round']}: loss {record['loss']}", flush=True)
+    elif event.kind == "release":
+        print(f"fedrec: release {record['version']} after slice {record['slice']}", flush=True)
+
+
+app = server_app(run_configured)

@@ -1,0 +1,187 @@
+"""Federated evaluation: the same round machinery, asked for sums of metrics instead of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedrec.data.slices import TimeSlice, TimeWindow
+from fedrec.evaluation.intervals import Estimate, difference, summarise
+from fedrec.evaluation.metrics import GROUPS, metric_names
+from fedrec.models.build import build
+from fedrec.models.configs import AnyModelConfig, PopularityConfig
+from fedrec.models.recommender import get_params
+from fedrec.params import Params
+from fedrec.protocol.link import Link
+from fedrec.protocol.plan import RoundPlan
+from fedrec.protocol.tally import Expectation
+from fedrec.protocol.task import EvaluateTask, FitTask
+from fedrec.server.round import Gathered, Recipe, Roster, gather, take_census
+from fedrec.server.sampling import sample
+from fedrec.server.state import ServerState
+
+COMPARED = ("ndcg", "hr", "recall")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table: a model, and whether each client trains it alone first."""
+
+    model: AnyModelConfig
+    params: Params
+    personalise: FitTask | None = None
+    people: int | None = None
+
+
+def judge(
+    contenders: Mapping[str, Contender], time_slice: TimeSlice, link: Link, recipe: Recipe, popularity: Params
+) -> dict[str, Any]:
+    """Evaluate every contender on the slice's test window, all on the same people with the same bootstrap weights.
+
+    Args:
+        contenders: name of the row to what is evaluated; the first is what the others are compared with.
+        time_slice: what to predict.
+        link: how to reach the nodes.
+        recipe: the experiment.
+        popularity: {"counts": [n_items_test]} released counts, for novelty.
+
+    Returns:
+        ``rows``: name to group to ``{"n", "metrics": {metric: {"value", "low", "high"}}}``; ``differences``: the first
+        contender minus each other, metric to estimate; ``bytes_down``, ``bytes_up``, ``refused``.
+    """
+    settings = recipe.experiment.evaluation
+    roster = take_census(link, time_slice.test, recipe)
+    names = metric_names(settings.ks)
+    tallies: dict[str, Gathered] = {
+        name: _ask(contender, time_slice, link, recipe, roster, popularity) for name, contender in contenders.items()
+    }
+    first, *others = contenders
+    rows = {name: as_rows(summarise(got.sums, names)) for name, got in tallies.items() if got.n_clients}
+    differences = {
+        other: {
+            f"{metric}@{k}": as_json(difference(tallies[first].sums, tallies[other].sums, names, f"{metric}@{k}"))
+            for metric in COMPARED
+            for k in settings.ks
+        }
+        for other in others
+        if other in rows and contenders[other].people is None
+    }
+    return {
+        "rows": rows,
+        "differences": differences,
+        "bytes_down": sum(got.bytes_down for got in tallies.values()),
+        "bytes_up": sum(got.bytes_up for got in tallies.values()),
+        "refused": [refusal for got in tallies.values() for refusal in got.refused],
+    }
+
+
+def _ask(
+    contender: Contender, time_slice: TimeSlice, link: Link, recipe: Recipe, roster: Roster, popularity: Params
+) -> Gathered:
+    experiment = recipe.experiment
+    key = ServerState.root_key(experiment).child("slice", time_slice.index, "judge")
+    task = EvaluateTask(
+        window=time_slice.test,
+        probes=experiment.evaluation.probes,
+        ks=experiment.evaluation.ks,
+        replicates=experiment.evaluation.replicates,
+        n_known_items=time_slice.n_items,
+        sampled_negatives=experiment.evaluation.sampled_negatives,
+        personalise=contender.personalise,
+    )
+    places = np.arange(roster.n_clients, dtype=np.int64)
+    if contender.people is not None:
+        from fedrec.config import FixedCohort
+
+        places = sample(FixedCohort(size=contender.people), roster.n_clients, key.child("people"))
+    params = grown(contender.model, contender.params, time_slice.n_items_test, recipe)
+    return gather(
+        link,
+        roster,
+        places,
+        lambda slots: RoundPlan(
+            time_slice.index,
+            0,
+            task,
+            contender.model,
+            time_slice.n_items_test,
+            params,
+            key,
+            recipe.catalog_digest,
+            slots,
+            {"popularity": popularity["counts"]},
+        ),
+        lambda n: Expectation(_shapes(task, time_slice.n_items_test), n),
+        experiment.training.timeout_seconds,
+    )
+
+
+def _shapes(task: EvaluateTask, n_items: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    groups = [*GROUPS, *(["sampled"] if task.sampled_negatives else [])]
+    rows, columns = task.replicates + 1, len(metric_names(task.ks))
+    wide = np.dtype(np.float64)
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {f"sum.{g}": ((rows, columns), wide) for g in groups}
+    shapes |= {f"weight.{g}": ((rows,), wide) for g in groups}
+    return {**shapes, "recommended": ((n_items,), np.dtype(np.int64))}
+
+
+def grown(model: AnyModelConfig, params: Params, n_items: int, recipe: Recipe) -> Params:
+    """Return the parameters grown to `n_items`; the values of new rows depend on the experiment's seed only."""
+    key = ServerState.root_key(recipe.experiment).child("model")
+    config_key = key.child(model.kind)
+    rows = max((len(value) for name, value in params.items() if name in _row_names(model)), default=0)
+    if rows == n_items:
+        return params
+    from fedrec.models.build import restore
+
+    return get_params(restore(model, rows, params).grow(n_items, config_key))
+
+
+def initial(model: AnyModelConfig, n_items: int, recipe: Recipe) -> Params:
+    """Return the parameters of a fresh model."""
+    return get_params(build(model, n_items, ServerState.root_key(recipe.experiment).child("model", model.kind)))
+
+
+def _row_names(model: AnyModelConfig) -> frozenset[str]:
+    from fedrec.models.build import MODELS
+
+    names: frozenset[str] = MODELS[type(model)].row_names
+    return names
+
+
+def popularity_contender(counts: Params) -> Contender:
+    """Return the popularity row: everybody gets what most people took so far."""
+    return Contender(PopularityConfig(), counts)
+
+
+def local_only_contender(recipe: Recipe, time_slice: TimeSlice) -> Contender:
+    """Return the local-only row: a fresh model that each client trains alone on all that it did before the test."""
+    experiment = recipe.experiment
+    window = time_slice.train
+    if isinstance(window, TimeWindow):
+        window = TimeWindow(start=-(2**62), end=window.end)
+    return Contender(
+        experiment.model,
+        initial(experiment.model, time_slice.n_items, recipe),
+        FitTask(window=window, local=experiment.evaluation.local_only.training),
+        experiment.evaluation.local_only.people,
+    )
+
+
+def as_json(estimate: Estimate) -> dict[str, float | None]:
+    """Return an estimate as JSON."""
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def as_rows(summary: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
+    """Return groups of estimates as JSON: ``{group: {"n": people, "metrics": {name: estimate}}}``."""
+    return {
+        group: {
+            "n": max(estimate.n for estimate in metrics.values()),
+            "metrics": {name: as_json(estimate) for name, estimate in metrics.items()},
+        }
+        for group, metrics in summary.items()
+    }

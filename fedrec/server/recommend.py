@@ -1,0 +1,66 @@
+"""Recommending from a release, for anybody who brings a history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from fedrec.data.batches import histories_of
+from fedrec.models.build import restore
+from fedrec.models.configs import AnyModelConfig, ModelConfig
+from fedrec.models.recommender import score_all
+from fedrec.server.registry import Release
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """One recommended item."""
+
+    rank: int
+    id: str
+    title: str
+    attributes: tuple[str, ...]
+    score: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """What is recommended, and the titles of the history that it comes from."""
+
+    history_titles: tuple[str, ...]
+    items: tuple[Recommended, ...]
+
+
+def recommend(release: Release, history: Sequence[str], k: int) -> Recommendations:
+    """Return the k best items that are not in the history.
+
+    Args:
+        release: from the registry.
+        history: item ids, oldest first; may be empty.
+        k: how many items.
+
+    Raises:
+        UnknownItem: the release's catalogue does not hold an id.
+    """
+    numbers = release.catalog.numbers(history)
+    config: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(release.manifest.model)
+    model = restore(config, release.manifest.n_items, release.params)
+    scores = score_all(model, histories_of([numbers], model.spec))[0]
+    scores[numbers] = -np.inf
+    best = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if np.isfinite(scores[i])]
+    catalog = release.catalog
+    return Recommendations(
+        tuple(catalog.titles[i] for i in numbers),
+        tuple(
+            Recommended(rank, catalog.ids[i], catalog.titles[i], catalog.attributes[i], float(scores[i]))
+            for rank, i in enumerate(best, start=1)
+        ),
+    )

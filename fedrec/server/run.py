@@ -1,0 +1,213 @@
+"""One whole run: a folder, a state to start or resume from, the stream, and the report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedrec import __version__
+from fedrec.config import Experiment, LeaveOneOutSplit
+from fedrec.data.cleaning import Dataset
+from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices
+from fedrec.errors import RegistryError, RunError
+from fedrec.protocol.link import Link
+from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
+from fedrec.server.lifelong import PRIVACY, Desk, Event, Observer, run_stream
+from fedrec.server.registry import Registry
+from fedrec.server.round import Recipe
+from fedrec.server.state import ServerState
+
+CHECKPOINT, REPORT = "state.fedrec", "report.html"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps its checkpoint and its report.
+
+    Attributes:
+        path: ``<root>/<experiment name>/<number>``.
+        name: ``<experiment name>/<number>``, which names the run in the registry.
+    """
+
+    path: Path
+    name: str
+
+    @classmethod
+    def new(cls, root: Path, experiment: Experiment) -> RunFolder:
+        """Make the folder of a new run, numbered after the ones that are there.
+
+        Raises:
+            RegistryError: the disk refuses.
+        """
+        number = max((n for n, _ in _numbered(root / experiment.name)), default=0) + 1
+        folder = cls(root / experiment.name / f"{number:03d}", f"{experiment.name}/{number:03d}")
+        make_folder(folder.path)
+        return folder
+
+    @classmethod
+    def unfinished(cls, root: Path, experiment: Experiment) -> RunFolder:
+        """Return the newest run of this experiment, to resume it.
+
+        Raises:
+            RunError: there is none, or it is complete.
+        """
+        found = _numbered(root / experiment.name)
+        if not found:
+            raise RunError(f"Nothing to resume: no run in '{root / experiment.name}'; start one without --resume.")
+        _, path = found[-1]
+        if (path / REPORT).is_file():
+            raise RunError(f"Nothing to resume: run '{path}' is complete; start a new one without --resume.")
+        return cls(path, f"{experiment.name}/{path.name}")
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted((int(path.name), path) for path in paths if path.name.isdigit() and path.is_dir())
+
+
+def cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
+    """Return the slices that the experiment asks for."""
+    split = experiment.split
+    if isinstance(split, LeaveOneOutSplit):
+        return leave_one_out(dataset.catalog, split.test)
+    if dataset.provenance.get("time_unit") == "order":
+        raise RunError(
+            f"'{experiment.data.source}' knows only the order within each person, no global time; "
+            'use split.kind = "leave_one_out".'
+        )
+    return stream_slices(dataset.log, dataset.catalog, split.base, split.later, split.holdout)
+
+
+def run_experiment(
+    experiment: Experiment,
+    dataset: Dataset,
+    link: Link,
+    folder: RunFolder,
+    registry: Registry,
+    *,
+    command: str = "",
+    observe: Observer = lambda event: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Run the experiment from its checkpoint, or from the start, and return the report's document.
+
+    Args:
+        experiment: the settings.
+        dataset: catalogue and cuts are taken from it; the interactions stay with the nodes.
+        link: how to reach the nodes.
+        folder: where checkpoint and report go.
+        registry: where releases go.
+        command: what the user typed, for the report.
+        observe: is told what happens.
+        clock: seconds, for measuring.
+
+    Raises:
+        RunError: the checkpoint belongs to another experiment, or nodes fail.
+        RegistryError: something cannot be written.
+    """
+    from fedrec.evaluation.report import write_report
+
+    slices = cut(experiment, dataset)
+    recipe = Recipe(experiment, dataset.catalog.digest(), clock)
+    path = folder.path / CHECKPOINT
+    state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest)
+    if path.exists():
+        state = ServerState.from_record(*load_checkpoint(path))
+        state.check(experiment, recipe.catalog_digest)
+    else:
+        save_checkpoint(path, *state.to_record())
+    for done in state.releases:
+        observe(Event("release", done))
+    desk = Desk(registry, dataset.catalog, lambda now: save_checkpoint(path, *now.to_record()), observe)
+    for state, _ in run_stream(state, link, slices, recipe, desk):  # noqa: B007 - the last state is the result
+        pass
+    document = describe(state, experiment, dataset, command)
+    write_report(document, folder.path)
+    return document
+
+
+def describe(state: ServerState, experiment: Experiment, dataset: Dataset, command: str) -> dict[str, Any]:
+    """Return everything about a run as one JSON-able document; the HTML report is made from it."""
+    return {
+        "fedrec": __version__,
+        "name": experiment.name,
+        "run": state.run,
+        "command": command,
+        "complete": True,
+        "experiment": experiment.model_dump(mode="json"),
+        "experiment_digest": experiment.digest(),
+        "machine": machine(experiment.runtime.threads),
+        "data": {
+            "name": dataset.name,
+            "n_users": dataset.log.n_users,
+            "n_items": len(dataset.catalog),
+            "n_interactions": len(dataset.log),
+            "digest": dataset.log.digest(),
+            "catalog_digest": dataset.catalog.digest(),
+            "cleaning": dataset.report.to_dict(),
+            "terms": dataset.provenance.get("terms"),
+        },
+        "protocol": _protocol(experiment),
+        "privacy": PRIVACY,
+        "releases": list(state.releases),
+        "rounds": list(state.rounds),
+        "totals": {
+            "seconds": round(sum(r["seconds"] + r["judge_seconds"] for r in state.releases), 3),
+            "bytes_down": sum(r["bytes_down"] for r in state.releases),
+            "bytes_up": sum(r["bytes_up"] for r in state.releases),
+            "epsilon": None,
+            "rounds": len(state.rounds),
+        },
+    }
+
+
+def _protocol(experiment: Experiment) -> str:
+    split = experiment.split
+    if isinstance(split, LeaveOneOutSplit):
+        held = "last" if split.test == "test" else "second to last"
+        how = (
+            f"Leave-one-out: each person's {held} interaction is predicted from all before it; the last two of each "
+            "person are never trained on."
+        )
+    else:
+        how = (
+            f"Global time: a base of {split.base:.0%} of the interactions, {split.later} equal later slices, and a tail "
+            f"of {split.holdout:.0%}. Each release is tested on the next slice (the last one on the tail) before "
+            "anything of it is trained on; popularity counts everything up to that time."
+        )
+    return (
+        f"{how} Every item of the catalogue at test time is ranked, except those that the person already had; ties count "
+        "against the model. Training negatives are uniform over the catalogue, whatever is held out. Intervals are 95 % "
+        "percentiles of a Poisson bootstrap over people, from sums alone. Local-only: each asked person trains the "
+        "untrained model alone on all of their own earlier interactions."
+    )
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what a reader needs to judge the timings."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": threads,
+    }
+    for package in ("torch", "flwr", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def check_writable(path: Path) -> None:
+    """Raise `RegistryError` now, rather than after an hour, if nothing can be written to `path`."""
+    make_folder(path)
+    if not os.access(path, os.W_OK):
+        raise RegistryError(f"Cannot write to '{path}': no permission; choose another folder with --out.")

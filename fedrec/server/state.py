@@ -1,0 +1,89 @@
+"""`ServerState`: all that a killed server needs to go on as if nothing had happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from fedrec.config import Experiment
+from fedrec.errors import RunError
+from fedrec.params import Array, Params
+from fedrec.random import Key
+
+_TENSORS = ("params", "average", "memory", "counts")
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything between two rounds; immutable, serialisable, and with no clock in it.
+
+    Attributes:
+        run: name of the run.
+        experiment_digest: the experiment that it carries out.
+        catalog_digest: the catalogue that item numbers refer to.
+        slice: index of the slice being learnt.
+        round: rounds of it that are done.
+        counted: slices whose popularity counts are in `counts`.
+        params: the shared parameters.
+        average: moving average of the parameters over the slice's rounds; empty if the experiment wants none.
+        memory: the server optimizer's state.
+        counts: {"counts": [n_items] float32}, how many people took each item in the slices so far.
+        parent: version of the last release.
+        rounds: a record of every round.
+        releases: a record of every release.
+    """
+
+    run: str
+    experiment_digest: str
+    catalog_digest: str
+    slice: int = 0
+    round: int = 0
+    counted: int = 0
+    params: Params = field(default_factory=dict)
+    average: Params = field(default_factory=dict)
+    memory: Params = field(default_factory=dict)
+    counts: Params = field(default_factory=dict)
+    parent: int | None = None
+    rounds: tuple[dict[str, Any], ...] = ()
+    releases: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def released(self) -> Params:
+        """What a release of this state holds."""
+        return self.average or self.params
+
+    def to_record(self) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Return the state as a JSON-able header and named tensors."""
+        header = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
+        tensors = {f"{part}:{name}": np.asarray(v) for part in _TENSORS for name, v in getattr(self, part).items()}
+        return header, tensors
+
+    @classmethod
+    def from_record(cls, header: dict[str, Any], tensors: Params) -> ServerState:
+        """Return the state that `to_record` wrote."""
+        parts: dict[str, dict[str, Array]] = {part: {} for part in _TENSORS}
+        for path, value in tensors.items():
+            part, name = path.split(":", 1)
+            parts[part][name] = value
+        return cls(**{**header, "rounds": tuple(header["rounds"]), "releases": tuple(header["releases"])}, **parts)
+
+    def check(self, experiment: Experiment, catalog_digest: str) -> None:
+        """Raise `RunError` if this state belongs to another experiment or to other data."""
+        if self.experiment_digest != experiment.digest():
+            raise RunError(
+                f"Run '{self.run}' was started with another experiment, so it cannot be resumed with this one; "
+                "restore the TOML it began with, or start a new run without --resume."
+            )
+        if self.catalog_digest != catalog_digest:
+            raise RunError(f"Run '{self.run}' was started on another catalogue; give it the data that it began with.")
+
+    def advanced(self, **changes: Any) -> ServerState:
+        """Return the state with these fields changed."""
+        return replace(self, **changes)
+
+    @staticmethod
+    def root_key(experiment: Experiment) -> Key:
+        """Return the key that all randomness of the experiment comes from."""
+        return Key.from_seed(experiment.seed)

@@ -1,0 +1,85 @@
+"""Windows and slices: which part of each history a task is about."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from fedrec.data.catalog import ItemCatalog
+from fedrec.data.log import InteractionLog
+from fedrec.data.slices import LastWindow, TimeWindow, leave_one_out, resolve, stream_slices
+from fedrec.errors import DataError
+
+
+def log_of(times_per_user: list[list[int]]) -> InteractionLog:
+    user = np.repeat(np.arange(len(times_per_user)), [len(times) for times in times_per_user])
+    time = np.array([t for times in times_per_user for t in times])
+    return InteractionLog.from_rows(user, np.arange(len(time)), time, tuple(map(str, range(len(times_per_user)))))
+
+
+def catalog_of(first_seen: list[int]) -> ItemCatalog:
+    ids = tuple(map(str, range(len(first_seen))))
+    return ItemCatalog(ids, ids, ((),) * len(ids), np.array(first_seen, np.int64))
+
+
+def ranges(log, window) -> list[tuple[int, int]]:
+    low, high = resolve(log, window)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
+
+
+def test_a_time_window_holds_its_start_and_not_its_end() -> None:
+    log = log_of([[1, 5, 5, 9], [], [5], [10, 11]])
+    assert ranges(log, TimeWindow(start=5, end=9)) == [(1, 3), (0, 0), (0, 1), (0, 0)]
+    assert ranges(log, TimeWindow(start=6, end=100)) == [(3, 4), (0, 0), (1, 1), (0, 2)]
+
+
+def test_a_time_window_equals_counting_row_by_row() -> None:
+    rng = np.random.default_rng(3)
+    log = log_of([sorted(rng.integers(0, 50, n).tolist()) for n in rng.integers(0, 12, 40)])
+    for start, end in ((0, 50), (10, 30), (30, 10)):
+        expected = []
+        for u in range(log.n_users):
+            times = log.time[log.offsets[u] : log.offsets[u + 1]]
+            expected.append((int((times < start).sum()), int((times < end).sum())))
+        assert ranges(log, TimeWindow(start=start, end=end)) == expected
+
+
+def test_last_windows_stop_at_the_start_of_a_history() -> None:
+    log = log_of([[1, 2, 3, 4], [1], []])
+    assert ranges(log, LastWindow(skip=0, take=1)) == [(3, 4), (0, 1), (0, 0)]
+    assert ranges(log, LastWindow(skip=1, take=1)) == [(2, 3), (0, 0), (0, 0)]
+    assert ranges(log, LastWindow(skip=2)) == [(0, 2), (0, 0), (0, 0)]
+    assert ranges(log, LastWindow(skip=1, take=9)) == [(0, 3), (0, 0), (0, 0)]
+
+
+@pytest.mark.parametrize("window", [{"skip": -1}, {"skip": 0, "take": 0}, {"skip": 0, "tak": 1}])
+def test_impossible_windows_are_refused(window) -> None:
+    with pytest.raises(ValidationError):
+        LastWindow(**window)
+
+
+def test_stream_slices_share_out_every_interaction_once() -> None:
+    log = log_of([list(range(0, 100, 2)), list(range(1, 100, 2))])
+    slices = stream_slices(log, catalog_of([0, 55, 99]), base=0.6, later=2, holdout=0.1)
+    trained = [sum(high - low for low, high in ranges(log, one.train)) for one in slices]
+    assert trained == [60, 15, 15]
+    assert sum(high - low for low, high in ranges(log, slices[-1].test)) == 10
+    assert [one.test for one in slices[:-1]] == [one.train for one in slices[1:]]
+    assert [one.index for one in slices] == [0, 1, 2]
+    assert [(one.n_items, one.n_items_test) for one in slices] == [(2, 2), (2, 2), (2, 3)]
+    assert list(slices[2].new_items) == [2]
+
+
+def test_a_slice_without_interactions_is_refused() -> None:
+    with pytest.raises(DataError, match=r"Cannot cut 4 interactions .* 2 later slices .* would be empty"):
+        stream_slices(log_of([[7, 7, 7, 7]]), catalog_of([0]), base=0.5, later=2, holdout=0.1)
+
+
+def test_leave_one_out_trains_tests_and_validates_on_disjoint_places() -> None:
+    log = log_of([[1, 2, 3, 4, 5]])
+    (test,), (validation,) = leave_one_out(catalog_of([0, 3])), leave_one_out(catalog_of([0, 3]), "validation")
+    assert ranges(log, test.train) == ranges(log, validation.train) == [(0, 3)]
+    assert ranges(log, validation.test) == [(3, 4)]
+    assert ranges(log, test.test) == [(4, 5)]
+    assert (test.n_items, test.n_items_test, list(test.new_items)) == (2, 2, [])
