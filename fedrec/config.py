@@ -16,7 +16,7 @@ from fedrec.protocol.task import LocalTraining
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(_Settings):
@@ -123,7 +123,7 @@ class EvaluationConfig(_Settings):
 
     probes: int | None = Field(default=None, ge=1)
     """Ask for the next item at up to so many places of the test window; None: once for the whole window."""
-    ks: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20)
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 20), min_length=1)
     """Lengths of the recommended list."""
     replicates: int = Field(default=200, ge=0)
     """How many bootstrap replicates the intervals come from."""
@@ -139,7 +139,7 @@ class RuntimeConfig(_Settings):
     """How many nodes host the clients in a simulation."""
     engine: Literal["batched", "each"] = "batched"
     """Train clients in blocks, or one after the other."""
-    threads: int = Field(default=2, ge=1)
+    threads: int = Field(default=1, ge=1)
     """torch threads of each process."""
     checkpoint_every: int = Field(default=10, ge=1)
     """Rounds between checkpoints."""
@@ -189,9 +189,16 @@ class Experiment(_Settings):
             ConfigError: there is neither.
         """
         path = Path(name)
-        if path.exists() or not (bundled := simulations_folder() / f"{path.stem}.toml").is_file():
+        if path.exists():
             return cls.load(path)
-        return cls.load(bundled)
+        bundled = {file.stem: file for file in sorted(simulations_folder().glob("*.toml"))}
+        known = name.removesuffix(".toml")
+        if known in bundled:
+            return cls.load(bundled[known])
+        raise ConfigError(
+            f"No experiment '{name}': there is no such file, and fedrec comes with {', '.join(bundled)}"
+            f"{nearest(known, bundled) or '.'}"
+        )
 
     @classmethod
     def parse(cls, document: dict[str, Any], where: str = "the experiment") -> Experiment:

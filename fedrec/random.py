@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,8 +38,15 @@ class Key:
 
     @classmethod
     def from_hex(cls, text: str) -> Key:
-        """Return the key that `hex` printed."""
-        return cls(bytes.fromhex(text))
+        """Return the key that `hex` printed.
+
+        Raises:
+            ValueError: not 64 hexadecimal digits.
+        """
+        data = bytes.fromhex(text)
+        if len(data) != 32:
+            raise ValueError(f"a key has 32 bytes, not {len(data)}")
+        return cls(data)
 
     def hex(self) -> str:
         """Return the key as 64 hexadecimal digits."""
@@ -48,8 +56,8 @@ class Key:
         """Return the key of a sub-stream; `names` are its path (a purpose, a round, a client)."""
         data = self.data
         for name in names:
-            tag = f"{type(name).__name__}:{name}".encode()
-            data = hashlib.blake2b(tag, key=data, digest_size=32).digest()
+            tag = f"str:{name}" if isinstance(name, str) else f"int:{index(name)}"  # a NumPy integer counts as an int
+            data = hashlib.blake2b(tag.encode(), key=data, digest_size=32).digest()
         return Key(data)
 
     def integer(self) -> int:
@@ -87,7 +95,8 @@ class Key:
             seed = np.uint64(int.from_bytes(self.data[:8], "little"))
             streams = _mix(seed + np.asarray(entities).astype(np.uint64) * np.uint64(_GOLDEN))
             counters = (np.arange(1, draws + 1, dtype=np.uint64)) * np.uint64(_GOLDEN)
-            return _mix(streams[:, None] + counters[None, :])
+            numbers: NDArray[np.uint64] = _mix(streams[:, None] + counters[None, :])
+            return numbers
 
 
 def _mix(z: Any) -> Any:

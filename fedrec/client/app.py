@@ -15,6 +15,7 @@ from fedrec.errors import RunError
 from fedrec.protocol.flower import from_record, to_record
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 
+
 def client_app(pool_for: Callable[[Context], ClientPool]) -> ClientApp:
     """Return a ClientApp whose nodes host the pools that `pool_for` gives."""
     made = ClientApp()

@@ -93,7 +93,10 @@ class LogPool:
         self._check_catalog(plan.catalog_digest)
         cohort = self._eligible(plan.task.window)
         if len(plan.slots) and not 0 <= int(plan.slots.min()) <= int(plan.slots.max()) < len(cohort):
-            raise ProtocolError(f"The plan names client {int(plan.slots.max())} of {len(cohort)} eligible ones here.")
+            raise ProtocolError(
+                f"The plan names clients {int(plan.slots.min())} to {int(plan.slots.max())} of {len(cohort)} eligible "
+                "ones here; take the census again."
+            )
         chosen = cohort.take(plan.slots)
         if not len(chosen):
             return Tally({}, 0, {})

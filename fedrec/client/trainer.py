@@ -24,7 +24,7 @@ class Trained:
 
     Attributes:
         dense: name to [c, *shape] differences of whole parameters.
-        rows: [c, r] numbers of the item rows that each client touched; padding repeats row 0 with a zero difference.
+        rows: [c, r] numbers of the item rows that each client touched; padding is row 0 with a zero difference.
         sparse: name to [c, r, *shape] differences of those rows.
         loss: [c] loss of the first step, before anything was learnt.
     """
@@ -42,7 +42,7 @@ class Trained:
         return norms
 
     def add_to(self, totals: Tensors, factors: NDArray[np.float32]) -> None:
-        """Add ``factors @ differences`` to the whole-table `totals`; a factor of 0 leaves the client out, NaN or not."""
+        """Add ``factors @ differences`` to the whole-table `totals`; a client with factor 0 is left out, NaN or not."""
         keep = torch.from_numpy(np.flatnonzero(factors))
         weight = torch.from_numpy(factors)[keep]
         for name, part in self.dense.items():
@@ -61,9 +61,7 @@ class Trained:
         return own
 
 
-def step_batches(
-    cohort: Cohort, model: Recommender, local: LocalTraining, key: Key
-) -> list[Batch[NDArray[Any]]]:
+def step_batches(cohort: Cohort, model: Recommender, local: LocalTraining, key: Key) -> list[Batch[NDArray[Any]]]:
     """Return the batches of every local step; both twins train on exactly these."""
     return [draw(cohort, model.spec, model.n_items, key.child("step", step)) for step in range(local.steps)]
 

@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 
 
 class Histories(NamedTuple, Generic[T]):
-    """What b people did so far: `items` [b, L] item numbers (`START` first where the model asks for it), `mask` [b, L]."""
+    """What b people did so far: `items` [b, L] item numbers (`START` first where the model wants it), `mask` [b, L]."""
 
     items: T
     mask: T
@@ -102,8 +102,8 @@ class Cohort:
 def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key) -> Batch[NDArray[Any]]:
     """Return the batch that each client of the cohort draws under `key`, as arrays with the cohort as first axis.
 
-    Negatives are uniform over the `n_items` of the catalogue, whatever anybody touched: no test set can inform them. What
-    the person already has at a position is not a negative there, as it is not a candidate when ranking.
+    Negatives are uniform over the `n_items` of the catalogue, whatever anybody touched: no test set can inform them.
+    What the person already has at a position is not a negative there, as it is not a candidate when ranking.
     """
     if spec.negatives is None:
         negatives = np.tile(np.arange(n_items), (len(cohort), 1))
@@ -115,7 +115,8 @@ def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key) -> Batch[NDArr
         return Batch(*_pairs(cohort, spec, key), negatives, np.full_like(negatives, NEVER), seeds)
     start, end = _window(cohort, spec, key)
     since = cohort.log.first_place(cohort.users, negatives)
-    since = np.where(since < NEVER, since - start[:, None], NEVER)
+    # What comes after the stretch must not show in the batch, not even as a number.
+    since = np.where(since < end[:, None], since - start[:, None], NEVER)
     return Batch(*_causal(cohort, start, end), negatives, since, seeds)
 
 

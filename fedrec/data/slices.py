@@ -8,6 +8,7 @@ user's history; everything before `low` is what the person already knows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import numpy as np
@@ -104,10 +105,10 @@ def stream_slices(
     shares = [base + (1.0 - base - holdout) * i / max(later, 1) for i in range(later + 1)]
     cuts = [int(times[min(n - 1, round(share * n))]) for share in shares]
     bounds = [int(times[0]), *cuts, int(times[-1]) + 1]
-    if any(b <= a for a, b in zip(bounds, bounds[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(bounds)):
         raise DataError(
-            f"Cannot cut {n:,} interactions into a base of {base:.0%}, {later} later slices and a tail of {holdout:.0%}: "
-            "a slice would be empty; the times are too coarse or the shares too small."
+            f"Cannot cut {n:,} interactions into a base of {base:.0%}, {later} later slices and a tail of {holdout:.0%}"
+            ": a slice would be empty; the times are too coarse or the shares too small."
         )
     return tuple(
         TimeSlice(

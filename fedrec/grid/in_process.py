@@ -84,6 +84,6 @@ class InProcessGrid(Grid):
             return Message(Error(code=CLIENTAPP_RAISED, reason="no such node"), reply_to=message)
         try:
             return self._client_app(message, context)
-        except Exception as error:  # noqa: BLE001 - a SuperNode reports whatever an app raises
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             return Message(Error(code=CLIENTAPP_RAISED, reason=reason), reply_to=message)

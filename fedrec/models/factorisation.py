@@ -45,7 +45,8 @@ class Factorisation(Recommender):
         count = mask.sum(-1).clamp(min=1).to(seen.dtype)
         gram = c.unobserved_weight * self.item.T @ self.item
         ridge = (c.regularisation * count)[:, None, None] * torch.eye(c.dim)
-        return torch.linalg.solve(seen.transpose(1, 2) @ seen + gram + ridge, seen.sum(1))
+        users: Tensor = torch.linalg.solve(seen.transpose(1, 2) @ seen + gram + ridge, seen.sum(1))
+        return users
 
     def score(
         self, users: Float[Tensor, "b d"], items: Int[Tensor, "b k"] | None = None

@@ -46,7 +46,7 @@ def seeded_dropout(
         seeds: one integer below 2**31 per person; None: do not drop.
         site: number of the place in the model, so that places drop independently.
 
-    Source: multiply-shift hashing, Dietzfelbinger et al., Journal of Algorithms 1997; scramble: C. Wellons, "lowbias32".
+    Source: multiply-shift hashing, Dietzfelbinger et al., J. Algorithms 1997; scramble: C. Wellons, "lowbias32".
     """
     if seeds is None or rate == 0.0:
         return x

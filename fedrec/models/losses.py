@@ -43,9 +43,7 @@ def sampled_softmax(
     return masked_mean(torch.logsumexp(everything, -1) - wanted, mask)
 
 
-def lookahead(
-    logits: Float[Tensor, "b t h"], valid: Bool[Tensor, "b t h"], decay: float
-) -> Float[Tensor, "b t"]:
+def lookahead(logits: Float[Tensor, "b t h"], valid: Bool[Tensor, "b t h"], decay: float) -> Float[Tensor, "b t"]:
     """Return the weighted mean of the next h targets' logits, weight ``decay^j`` for the j-th, where they are valid."""
     weight = valid * decay ** torch.arange(logits.shape[-1], dtype=logits.dtype)
     return (logits * weight).sum(-1) / weight.sum(-1).clamp(min=1e-9)

@@ -52,9 +52,7 @@ class Block(nn.Module):
         qkv = self.query_key_value(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [b heads l d/heads]
         logits = q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5 + self.recency[:, distance]
-        weights = seeded_dropout(
-            logits.masked_fill(later, float("-inf")).softmax(-1), self.dropout, seeds, self.site
-        )
+        weights = seeded_dropout(logits.masked_fill(later, float("-inf")).softmax(-1), self.dropout, seeds, self.site)
         attended = (weights @ v).transpose(1, 2).reshape(b, n, d)
         x = x + seeded_dropout(self.project(attended), self.dropout, seeds, self.site + 1)
         inner = F.gelu(self.widen(self.norm2(x)))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 def clip_factors(norms: NDArray[np.floating], bound: float | None) -> NDArray[np.float32]:
     """Return what to multiply each client's contribution by.
 
-    ``f = min(1, C / |x|)``, and 0 where the norm is not finite: such a client is left out, since NaN passes ``|x| > C``.
+    ``f = min(1, C / |x|)``, and 0 where the norm is not finite: such a client is left out, for NaN passes ``|x| > C``.
 
     Args:
         norms: [c] L2 norms of whole contributions.
@@ -20,8 +20,9 @@ def clip_factors(norms: NDArray[np.floating], bound: float | None) -> NDArray[np
     >>> clip_factors(np.array([0.5, 4.0, np.nan]), 2.0).tolist()
     [1.0, 0.5, 0.0]
     """
-    finite = np.isfinite(norms)
+    finite: NDArray[np.bool_] = np.isfinite(norms)
     if bound is None:
         return finite.astype(np.float32)
     safe = np.where(finite & (norms > 0), norms, 1.0)
-    return np.where(finite, np.minimum(1.0, bound / safe), 0.0).astype(np.float32)
+    factors: NDArray[np.float32] = np.where(finite, np.minimum(1.0, bound / safe), 0.0).astype(np.float32)
+    return factors

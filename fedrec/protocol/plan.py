@@ -91,6 +91,8 @@ class RoundPlan:
             slots, key = tensors.pop(_SLOTS), Key.from_hex(header.key)
         except (ValidationError, KeyError, ValueError) as error:
             raise ProtocolError(f"The plan is malformed: {error}") from error
+        if slots.ndim != 1 or slots.dtype != np.int64:
+            raise ProtocolError(f"The plan is malformed: its slots are {slots.dtype}{slots.shape}, not int64[k].")
         params = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
         inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
         return cls(

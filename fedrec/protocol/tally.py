@@ -69,7 +69,7 @@ class Expectation:
     norm_bound: float | None = None
 
     def check(self, tally: Tally) -> None:
-        """Raise `TallyRefused` with the first thing that is wrong; finite comes before norm, for NaN passes any bound."""
+        """Raise `TallyRefused` with the first thing that is wrong; finite before norm, for NaN passes any bound."""
         if not 0 <= tally.n_clients <= self.max_clients:
             raise TallyRefused(f"it counts {tally.n_clients} clients where {self.max_clients} were asked")
         if not all(math.isfinite(value) for value in tally.stats.values()):

@@ -1,4 +1,4 @@
-"""What a round asks of its clients. Each task yields contributions: named tensors of bounded norm, summed over clients."""
+"""What a round asks of its clients: each task yields contributions, named tensors that are summed over clients."""
 
 from __future__ import annotations
 

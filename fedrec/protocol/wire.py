@@ -45,12 +45,14 @@ def unpack(kind: str, document: bytes) -> tuple[dict[str, Any], dict[str, Array]
             raise ValueError("header length")
         metadata = json.loads(json.loads(document[8 : 8 + length])["__metadata__"]["fedrec"])
         header = json.loads(metadata["header"])
+        if not isinstance(header, dict):
+            raise TypeError("header")
         version, found = metadata["fedrec"], metadata["kind"]
         tensors = load(document)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ProtocolError(f"Not a fedrec document ({type(error).__name__}); the sender is not fedrec.") from error
     if version != str(VERSION):
-        raise ProtocolError(f"The sender speaks wire version {version}, this fedrec speaks {VERSION}; update the older.")
+        raise ProtocolError(f"The sender speaks wire version {version}, this fedrec {VERSION}; update the older one.")
     if found != kind:
         raise ProtocolError(f"Expected a '{kind}' document, got a '{found}'.")
     return header, tensors

@@ -67,7 +67,7 @@ def judge(
             for k in settings.ks
         }
         for other in others
-        if other in rows and contenders[other].people is None
+        if other in rows and contenders[other].people is None and _same_people(tallies[first], tallies[other])
     }
     return {
         "rows": rows,
@@ -76,6 +76,11 @@ def judge(
         "bytes_up": sum(got.bytes_up for got in tallies.values()),
         "refused": [refusal for got in tallies.values() for refusal in got.refused],
     }
+
+
+def _same_people(a: Gathered, b: Gathered) -> bool:
+    """Whether two evaluations reached the same clients, so that they can be compared person by person."""
+    return a.n_clients > 0 and np.allclose(a.sums["weight.all"], b.sums["weight.all"])
 
 
 def _ask(

@@ -115,7 +115,9 @@ def _begin(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
     total = counted["counts"].copy()
     total[: len(before)] += before
     memory = optimizer.grow_memory(state.memory, params)
-    return state.advanced(params=params, average={}, memory=memory, counts={"counts": total}, counted=time_slice.index + 1, round=0)
+    return state.advanced(
+        params=params, average={}, memory=memory, counts={"counts": total}, counted=time_slice.index + 1, round=0
+    )
 
 
 def _count(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> Params:
@@ -200,4 +202,3 @@ def _publish(
         slice=time_slice.index + 1, round=0, parent=release.version, releases=(*state.releases, record)
     )
     return moved, release
-

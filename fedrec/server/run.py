@@ -125,8 +125,8 @@ def run_experiment(
     for done in state.releases:
         observe(Event("release", done))
     desk = Desk(registry, dataset.catalog, lambda now: save_checkpoint(path, *now.to_record()), observe)
-    for state, _ in run_stream(state, link, slices, recipe, desk):  # noqa: B007 - the last state is the result
-        pass
+    for reached, _ in run_stream(state, link, slices, recipe, desk):
+        state = reached
     document = describe(state, experiment, dataset, command)
     write_report(document, folder.path)
     return document
@@ -177,15 +177,26 @@ def _protocol(experiment: Experiment) -> str:
         )
     else:
         how = (
-            f"Global time: a base of {split.base:.0%} of the interactions, {split.later} equal later slices, and a tail "
-            f"of {split.holdout:.0%}. Each release is tested on the next slice (the last one on the tail) before "
-            "anything of it is trained on; popularity counts everything up to that time."
+            f"Global time: a base of {split.base:.0%} of the interactions, {split.later} equal later slices, and a "
+            f"tail of {split.holdout:.0%}. Each release is tested on the next slice (the last one on the tail) before "
+            f"anything of it is trained on; popularity counts everything up to that time. {_questions(experiment)}"
         )
     return (
-        f"{how} Every item of the catalogue at test time is ranked, except those that the person already had; ties count "
-        "against the model. Training negatives are uniform over the catalogue, whatever is held out. Intervals are 95 % "
-        "percentiles of a Poisson bootstrap over people, from sums alone. Local-only: each asked person trains the "
-        "untrained model alone on all of their own earlier interactions."
+        f"{how} Every item of the catalogue at test time is ranked, except those that the person already had; ties "
+        "count against the model. Training negatives are uniform over the catalogue, whatever is held out. Intervals "
+        "are 95 % percentiles of a Poisson bootstrap over people, from sums alone. Local-only: each asked person "
+        "trains the untrained model alone on all of their own earlier interactions."
+    )
+
+
+def _questions(experiment: Experiment) -> str:
+    probes = experiment.evaluation.probes
+    if probes is None:
+        return "A person is asked once, before the slice, for everything that they do in it."
+    return (
+        f"A person is asked at up to {probes} places, evenly spread over their part of the slice, for the next item; "
+        "their history up to there is known to the device, the model is not updated. A person's metrics are the mean "
+        "over their places."
     )
 
 

@@ -67,7 +67,9 @@ class ServerState:
         for path, value in tensors.items():
             part, name = path.split(":", 1)
             parts[part][name] = value
-        return cls(**{**header, "rounds": tuple(header["rounds"]), "releases": tuple(header["releases"])}, **parts)
+        lists = {name: tuple(header[name]) for name in ("rounds", "releases")}
+        values: dict[str, Any] = {**header, **lists, **parts}
+        return cls(**values)
 
     def check(self, experiment: Experiment, catalog_digest: str) -> None:
         """Raise `RunError` if this state belongs to another experiment or to other data."""

@@ -1,0 +1,1 @@
+"""What fedrec claims, as commands: ``python -m benchmarks.NAME [--quick] [--json OUT]``."""

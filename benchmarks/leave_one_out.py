@@ -1,0 +1,109 @@
+"""Quality on MovieLens-100K: leave-one-out, full ranking, no privacy, three seeds."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.harness import Row, claim, progress, run, unclaimed
+from fedrec.config import Experiment, StageConfig
+from fedrec.data.batches import Cohort
+from fedrec.data.cleaning import Dataset
+from fedrec.data.slices import LastWindow, resolve
+from fedrec.data.sources import load_dataset
+from fedrec.evaluation.metrics import evaluate_people
+from fedrec.evaluation.ranking import ItemLists
+from fedrec.grid.simulate import simulate
+
+SEEDS = (1, 2, 3)
+METRIC = "ndcg@10"
+CHANCE = sum(1 / math.log2(rank + 1) for rank in range(1, 11))
+
+
+def measure(quick: bool) -> list[Row]:
+    """Run the experiment for each seed, and EASE on the same split."""
+    experiment = Experiment.find("ml100k_leave_one_out")
+    if quick:
+        short = experiment.training.model_copy(update={"base": StageConfig(rounds=150, warmup=10, final=0.01)})
+        experiment = experiment.model_copy(update={"training": short})
+    dataset = load_dataset(experiment.data.source, say=lambda note: print(note, file=sys.stderr))
+    found: dict[str, list[float]] = {}
+    for seed in progress(SEEDS[: 1 if quick else None], "seeds"):
+        with tempfile.TemporaryDirectory() as folder:
+            document, _ = simulate(
+                experiment.model_copy(update={"seed": seed}),
+                runs=Path(folder),
+                registry=Path(folder) / "registry",
+                dataset=dataset,
+                command=f"python -m benchmarks.leave_one_out (seed {seed})",
+            )
+        for name, groups in document["releases"][0]["rows"].items():
+            found.setdefault(name, []).append(groups["all"]["metrics"][METRIC]["value"])
+            found.setdefault(f"{name}, HR@10", []).append(groups["all"]["metrics"]["hr@10"]["value"])
+            found.setdefault(f"{name}, 99 negatives", []).append(groups["sampled"]["metrics"][METRIC]["value"])
+        found.setdefault("seconds", []).append(document["totals"]["seconds"])
+    reach = unclaimed if quick else claim  # a quick run trains a tenth of the rounds
+    n_candidates = len(dataset.catalog) - float(np.mean(dataset.log.counts - 1))
+    unit = "NDCG@10"
+    return [
+        reach("federated transformer, mean of seeds", float(np.mean(found["release"])), unit, ">=", 0.095),
+        reach("federated transformer, worst seed", min(found["release"]), unit, ">=", 0.095),
+        Row("federated transformer, standard deviation over seeds", float(np.std(found["release"])), unit),
+        Row("federated transformer, HR@10", float(np.mean(found["release, HR@10"])), "HR@10"),
+        Row("popularity", found["popularity"][0], unit),
+        Row("EASE, centralised, lambda 500", ease(dataset, 500.0), unit),
+        claim("local-only (no federation)", float(np.mean(found["local_only"])), unit, "<=", 0.01),
+        Row("chance", CHANCE / n_candidates, unit),
+        Row("federated transformer, 99 negatives (old papers)", float(np.mean(found["release, 99 negatives"])), unit),
+        Row("popularity, 99 negatives (old papers)", found["popularity, 99 negatives"][0], unit),
+        Row("seconds per run", float(np.mean(found["seconds"])), "s"),
+    ]
+
+
+def ease(dataset: Dataset, regularisation: float) -> float:
+    """Return NDCG@10 of EASE, trained centrally on what the clients train on: ``B = I - P diag(1 / diag P)``.
+
+    Source: Steck, WWW 2019, equation 8.
+    """
+    log, n_items = dataset.log, len(dataset.catalog)
+    users = np.arange(log.n_users, dtype=np.int64)
+    low, high = resolve(log, LastWindow(skip=0, take=1))
+    everyone = Cohort(log, users, users, low, high)
+    known = _lists(everyone, np.zeros_like(low), low)
+    trained = _matrix(_lists(everyone, np.zeros_like(low), np.maximum(high - 2, 0)), n_items)
+    inverse = np.linalg.inv(trained.T @ trained + regularisation * np.eye(n_items))
+    weights = -inverse / np.diag(inverse)
+    np.fill_diagonal(weights, 0.0)
+    scores = (_matrix(known, n_items) @ weights).astype(np.float32)
+    people = evaluate_people(
+        scores,
+        known,
+        _lists(everyone, low, high),
+        n_items,
+        (10,),
+        attributes=dataset.catalog.attribute_matrix,
+        popularity=trained.sum(0),
+    )
+    return float(people.groups["all"].values[:, people.names.index(METRIC)].mean())
+
+
+def _lists(cohort: Cohort, low: NDArray[np.int64], high: NDArray[np.int64]) -> ItemLists:
+    from fedrec.client.evaluator import item_lists
+
+    return item_lists(cohort, low, high)
+
+
+def _matrix(lists: ItemLists, n_items: int) -> NDArray[Any]:
+    matrix = np.zeros((len(lists.offsets) - 1, n_items))
+    matrix[lists.rows, lists.items] = 1.0
+    return matrix
+
+
+if __name__ == "__main__":
+    raise SystemExit(run("leave_one_out", __doc__ or "", measure))

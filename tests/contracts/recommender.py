@@ -1,0 +1,132 @@
+"""What every recommender is held to: the models, data of a known shape, and federated training in a few lines.
+
+A new model joins the suite by one more entry in `RECOMMENDERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedrec import params as named
+from fedrec.client.pool import LogPool
+from fedrec.config import AdamConfig, SgdConfig
+from fedrec.data.batches import Batch, Cohort, draw
+from fedrec.data.cleaning import Dataset
+from fedrec.data.log import InteractionLog
+from fedrec.data.slices import LastWindow
+from fedrec.models.build import build, restore
+from fedrec.models.configs import (
+    AnyModelConfig,
+    FactorisationConfig,
+    FullSoftmax,
+    PopularityConfig,
+    SampledSoftmax,
+    TransformerConfig,
+)
+from fedrec.models.recommender import Recommender, get_params, set_params, to_torch
+from fedrec.params import Params
+from fedrec.protocol.plan import RoundPlan
+from fedrec.protocol.tally import Expectation
+from fedrec.protocol.task import FitTask, LocalTraining
+from fedrec.random import Key
+from fedrec.server import optimizer
+
+KEY = Key.from_seed(11)
+EVERYTHING = LastWindow(skip=0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model in the suite, and what it takes to learn data with a known answer.
+
+    Attributes:
+        config: small settings; `length` leaves room for padding beyond the longest history of the suite.
+        rounds: rounds in which everybody takes part.
+        server: optimizer of the mean update.
+        local: what a client does in a round.
+        sequential: whether it learns what comes next.
+    """
+
+    config: AnyModelConfig
+    rounds: int = 0
+    server: SgdConfig | AdamConfig = AdamConfig(learning_rate=0.02)
+    local: LocalTraining = LocalTraining()
+    sequential: bool = False
+
+
+def _transformer(softmax: FullSoftmax | SampledSoftmax) -> TransformerConfig:
+    return TransformerConfig(dim=16, heads=2, expand=2, length=16, dropout=0.1, softmax=softmax)
+
+
+RECOMMENDERS: dict[str, Entry] = {
+    "popularity": Entry(PopularityConfig()),
+    "factorisation": Entry(
+        FactorisationConfig(dim=8, length=16, targets=8, negatives=16), rounds=60, server=AdamConfig(learning_rate=0.05)
+    ),
+    "transformer": Entry(_transformer(SampledSoftmax(negatives=16)), rounds=120, sequential=True),
+    "transformer, full softmax": Entry(_transformer(FullSoftmax()), rounds=120, sequential=True),
+}
+
+
+def uneven_log(lengths: Sequence[int], n_items: int, key: Key) -> InteractionLog:
+    """Return people with histories of these lengths; items are uniform, repeats included."""
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    item = np.floor(key.child("items").uniforms(np.arange(len(user)), 1)[:, 0] * n_items).astype(np.int64)
+    return InteractionLog.from_rows(user, item, np.arange(len(user)), tuple(f"u{i}" for i in range(len(lengths))))
+
+
+def everybody(log: InteractionLog, low: Sequence[int] | None = None) -> Cohort:
+    """Return all people of the log, their whole history (from place `low` on) in the window."""
+    users = np.arange(log.n_users, dtype=np.int64)
+    first = np.zeros(log.n_users, np.int64) if low is None else np.asarray(low, np.int64)
+    return Cohort(log, users, users + 100, first, log.counts.astype(np.int64))
+
+
+def lively(config: AnyModelConfig, n_items: int, key: Key = KEY) -> Recommender:
+    """Return a model of which every parameter is away from its initial value, zeros and ones included."""
+    model = build(config, n_items, key)
+    params = get_params(model)
+    set_params(
+        model,
+        {
+            name: value + (0.3 * key.child("lively", name).numpy().random(value.shape)).astype(value.dtype)
+            for name, value in params.items()
+        },
+    )
+    return model.eval()
+
+
+def drawn(model: Recommender, cohort: Cohort, key: Key = KEY) -> Batch[Tensor]:
+    """Return the batch that the cohort would train on."""
+    return to_torch(draw(cohort, model.spec, model.n_items, key))
+
+
+def federate(
+    entry: Entry, dataset: Dataset, window: LastWindow = EVERYTHING, config: AnyModelConfig | None = None
+) -> Recommender:
+    """Return the entry's model, trained by everybody together through a pool, tallies and the server's optimizer."""
+    wanted, n_items = config or entry.config, len(dataset.catalog)
+    pool = LogPool(dataset.log, dataset.catalog)
+    digest = dataset.catalog.digest()
+    slots = np.arange(pool.census(window, digest), dtype=np.int64)
+    task = FitTask(window=window, local=entry.local)
+    params: Params = get_params(build(wanted, n_items, KEY.child("model")))
+    expected = Expectation({n: (v.shape, v.dtype) for n, v in params.items()}, len(slots), task.local.clip_norm)
+    memory: Params = {}
+    for number in range(entry.rounds):
+        plan = RoundPlan(0, number, task, wanted, n_items, params, KEY.child("round", number), digest, slots)
+        tally = pool.run(plan)
+        expected.check(tally)
+        mean = named.scale(tally.sums, 1.0 / tally.n_clients)
+        params, memory = optimizer.step(entry.server, params, memory, mean, 1.0)
+    return restore(wanted, n_items, params)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    """Assert that two tensors are alike in shape, dtype and, up to rounding, in values."""
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
