@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedrec.errors import ConfigError, nearest
-from fedrec.models.configs import ModelConfig
+from fedrec.models.configs import TrainedConfig
 from fedrec.protocol.task import LocalTraining
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataConfig(_Settings):
@@ -67,7 +67,9 @@ class SgdConfig(_Settings):
 
     kind: Literal["sgd"] = "sgd"
     learning_rate: float = Field(default=1.0, gt=0)
+    """Step size; 1 adds the mean update as it is."""
     momentum: float = Field(default=0.0, ge=0, lt=1)
+    """How much of the last step is repeated (FedAvgM)."""
 
 
 class AdamConfig(_Settings):
@@ -75,10 +77,15 @@ class AdamConfig(_Settings):
 
     kind: Literal["adam"] = "adam"
     learning_rate: float = Field(default=1e-3, gt=0)
+    """Step size."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the mean of updates."""
     beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the mean of squared updates."""
     epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the root of the mean square."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay, per step, in multiples of the step size."""
 
 
 class StageConfig(_Settings):
@@ -116,6 +123,7 @@ class LocalOnlyConfig(_Settings):
     people: int = Field(default=200, ge=0)
     """How many people are asked; 0 leaves the row out."""
     training: LocalTraining = LocalTraining(steps=20, learning_rate=0.5)
+    """How each of them trains."""
 
 
 class EvaluationConfig(_Settings):
@@ -154,7 +162,7 @@ class Experiment(_Settings):
     """Root of all randomness."""
     data: DataConfig = DataConfig()
     split: Annotated[StreamSplit | LeaveOneOutSplit, Field(discriminator="kind")] = StreamSplit()
-    model: ModelConfig
+    model: TrainedConfig
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class FullSoftmax(_Settings):
@@ -82,4 +82,6 @@ ModelConfig = Annotated[
     PopularityConfig | FactorisationConfig | TransformerConfig,
     Field(discriminator="kind"),
 ]
+TrainedConfig = Annotated[FactorisationConfig | TransformerConfig, Field(discriminator="kind")]
+"""Models that rounds of fitting make sense for; popularity comes from counts and is always a row beside them."""
 AnyModelConfig = PopularityConfig | FactorisationConfig | TransformerConfig

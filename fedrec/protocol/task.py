@@ -10,7 +10,7 @@ from fedrec.data.slices import Window
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class LocalTraining(_Settings):

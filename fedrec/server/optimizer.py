@@ -30,7 +30,7 @@ def step(
     """
     tensors = {name: torch.from_numpy(value.copy()) for name, value in params.items()}
     for name, tensor in tensors.items():
-        tensor.grad = torch.from_numpy(-delta[name])
+        tensor.grad = -torch.from_numpy(np.array(delta[name]))
     optimizer = _make(config, list(tensors.values()), config.learning_rate * speed)
     for path, value in memory.items():
         name, slot = path.rsplit("/", 1)

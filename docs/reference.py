@@ -1,0 +1,68 @@
+"""Writes docs/experiments.md from the settings' own docstrings: ``python docs/reference.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from fedrec.config import Experiment
+
+HEAD = """# Experiments
+
+An experiment is one TOML file; `fedrec simulate FILE.toml` runs it. Every key has a default except `model.kind`. An
+unknown key is an error that names the nearest one. Where a table has a `kind`, the kind decides which keys it takes.
+
+Experiments that come with fedrec (run them by name, for example `fedrec simulate ml100k_leave_one_out`):
+
+{bundled}
+This page is written by `python docs/reference.py`.
+"""
+
+
+def bundled() -> str:
+    """Return a list of the experiments in `simulations/`, each with its first comment line."""
+    folder = Path(__file__).parent.parent / "simulations"
+    first = {path.stem: path.read_text(encoding="utf-8").splitlines()[0] for path in sorted(folder.glob("*.toml"))}
+    return "".join(f"- `{name}`: {line.removeprefix('#').strip()}\n" for name, line in first.items())
+
+
+def section(settings: type[BaseModel], path: str) -> str:
+    """Return the tables of one group of settings and of the groups inside it."""
+    rows, inside = [], []
+    for name, field in settings.model_fields.items():
+        dotted = f"{path}.{name}" if path else name
+        members = [m for m in (get_args(field.annotation) or (field.annotation,)) if is_settings(m)]
+        inside += [(member, dotted) for member in members]
+        if not members and name != "kind":
+            rows.append(f"| `{dotted}` | {shown(field.default)} | {(field.description or '').strip()} |")
+    kind = settings.model_fields.get("kind")
+    title = f"## `{path}`" + (f', kind = "{kind.default}"' if kind else "") if path else "## Top level"
+    about = (settings.__doc__ or "").strip()
+    table = "| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n" if rows else ""
+    return f"{title}\n\n{about}\n\n{table}\n" + "".join(section(member, dotted) for member, dotted in inside)
+
+
+def shown(default: Any) -> str:
+    """Return a default as TOML would say it."""
+    if default is PydanticUndefined:
+        return "required"
+    if default is None:
+        return "not set"
+    return f"`{list(default) if isinstance(default, tuple) else default}`"
+
+
+def is_settings(annotation: Any) -> bool:
+    """Whether an annotation is a group of settings."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def page() -> str:
+    """Return the whole page."""
+    return HEAD.format(bundled=bundled()) + "\n" + section(Experiment, "").rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "experiments.md").write_text(page(), encoding="utf-8")

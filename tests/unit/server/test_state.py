@@ -1,0 +1,80 @@
+"""A state survives its file bit for bit, and refuses what it does not belong to."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedrec.errors import RunError
+from fedrec.random import Key
+from fedrec.server.files import load_checkpoint, save_checkpoint
+from fedrec.server.state import ServerState
+from tests.support import same_bytes, small_experiment
+
+TENSORS = ("params", "average", "memory", "counts")
+
+
+def full_state() -> ServerState:
+    random = Key.from_seed(1).numpy()
+    return ServerState(
+        "small/001",
+        small_experiment().digest(),
+        "c" * 64,
+        slice=2,
+        round=17,
+        counted=3,
+        params={"item": random.normal(size=(4, 3)).astype(np.float32), "blocks.0:odd": np.float32([1.5])},
+        average={"item": random.normal(size=(4, 3)).astype(np.float32)},
+        memory={"item/step": np.asarray(17.0, np.float32), "item/exp_avg": random.normal(size=(4, 3)).astype(np.float32)},
+        counts={"counts": np.arange(4, dtype=np.float32)},
+        parent=2,
+        rounds=({"round": 16, "loss": 0.1 + 0.2, "refused": [{"node": "n", "reason": "r"}]},),
+        releases=({"version": 2, "rows": {"release": {}}},),
+    )
+
+
+def test_a_state_comes_back_from_its_file_bit_for_bit(tmp_path: Path) -> None:
+    state = full_state()
+    save_checkpoint(tmp_path / "state", *state.to_record())
+    found = ServerState.from_record(*load_checkpoint(tmp_path / "state"))
+    for field in fields(ServerState):
+        if field.name in TENSORS:
+            assert same_bytes(getattr(found, field.name), getattr(state, field.name)), field.name
+        else:
+            assert getattr(found, field.name) == getattr(state, field.name), field.name
+    assert found.rounds[0]["loss"] == 0.1 + 0.2  # JSON keeps every bit of a float
+
+
+def test_a_fresh_state_comes_back_too(tmp_path: Path) -> None:
+    state = ServerState("small/001", "e", "c")
+    save_checkpoint(tmp_path / "state", *state.to_record())
+    assert ServerState.from_record(*load_checkpoint(tmp_path / "state")) == state
+
+
+def test_a_release_holds_the_average_if_there_is_one() -> None:
+    state = full_state()
+    assert state.released is state.average
+    assert state.advanced(average={}).released is state.params
+
+
+def test_advancing_leaves_the_old_state_alone() -> None:
+    state = full_state()
+    assert state.advanced(round=18).round == 18
+    assert state.round == 17
+
+
+def test_a_state_is_refused_by_another_experiment_and_by_other_data() -> None:
+    state = full_state()
+    state.check(small_experiment(), "c" * 64)
+    state.check(small_experiment(runtime__nodes=5), "c" * 64)
+    with pytest.raises(RunError, match=r"Run 'small/001' was started with another experiment.*without --resume\.$"):
+        state.check(small_experiment(seed=4), "c" * 64)
+    with pytest.raises(RunError, match=r"Run 'small/001' was started on another catalogue"):
+        state.check(small_experiment(), "d" * 64)
+
+
+def test_the_root_key_is_the_seeds() -> None:
+    assert ServerState.root_key(small_experiment(seed=9)) == Key.from_seed(9)
