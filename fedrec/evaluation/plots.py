@@ -10,25 +10,30 @@ import io
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import TYPE_CHECKING, Any
+
+from fedrec.evaluation.words import (
+    ROWS,
+    SPARE,
+    Record,
+    byte_unit,
+    cell,
+    group_name,
+    metric_name,
+    pick_metric,
+    row_name,
+    rows_of,
+    score,
+    size,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Record = Mapping[str, Any]
-
-ROWS = {
-    "release": ("release", "#0072B2", "o"),
-    "previous": ("previous release", "#56B4E9", "D"),
-    "popularity": ("popularity", "#E69F00", "s"),
-    "local_only": ("local only", "#009E73", "^"),
-}
-SPARE = (("#CC79A7", "v"), ("#D55E00", "P"), ("#7A7A7A", "X"))
-GROUPS = {"all": "everyone", "returning": "returning people", "new": "new people", "new_items": "new items"}
 METRICS = ("ndcg", "hr")
 
 INK, FAINT, GRID = "#333333", "#9A9A9A", "#E4E4E4"
@@ -78,60 +83,6 @@ class Plot:
     wide: bool = True
 
 
-def row_name(row: str) -> str:
-    """Return the readable name of a recommender: ``local_only`` gives ``local only``."""
-    return ROWS[row][0] if row in ROWS else row.replace("_", " ")
-
-
-def group_name(group: str) -> str:
-    """Return the readable name of a group of people or items."""
-    return GROUPS.get(group, group.replace("_", " "))
-
-
-def metric_name(metric: str) -> str:
-    """Return a metric as papers write it: ``ndcg@10`` gives ``NDCG@10``, ``coverage@10`` gives ``Coverage@10``."""
-    name, at, depth = metric.partition("@")
-    shown = name.upper() if name in ("ndcg", "hr", "mrr", "map", "auc") else name.replace("_", " ").capitalize()
-    return f"{shown}{at}{depth}"
-
-
-def score(value: float | None) -> str:
-    """Return a metric with three decimals and no leading zero, or a dash where there is none.
-
-    >>> score(0.0806), score(-0.25), score(1.0)
-    ('.081', '\N{MINUS SIGN}.250', '1.000')
-    """
-    if value is None:
-        return "\N{EN DASH}"
-    text = f"{abs(value):.3f}".removeprefix("0")
-    return f"\N{MINUS SIGN}{text}" if value < 0 and text != ".000" else text
-
-
-def pick_metric(releases: Sequence[Record], prefix: str) -> str | None:
-    """Return the name of the first metric called `prefix` in the releases, at depth 10 if there is one."""
-    names = {
-        name: None
-        for release in releases
-        for groups in release.get("rows", {}).values()
-        for group in groups.values()
-        for name in group.get("metrics", {})
-        if name.partition("@")[0] == prefix
-    }
-    return f"{prefix}@10" if f"{prefix}@10" in names else next(iter(names), None)
-
-
-def cell(release: Record, row: str, group: str, metric: str) -> Record | None:
-    """Return ``{"value", "low", "high"}`` of one recommender in one group, or None where it was not measured."""
-    found = release.get("rows", {}).get(row, {}).get(group, {}).get("metrics", {}).get(metric)
-    return found if found and found.get("value") is not None else None
-
-
-def rows_of(releases: Sequence[Record]) -> list[str]:
-    """Return the recommenders of all releases, in the order of the document."""
-    longest_first = sorted(releases, key=lambda release: -len(release.get("rows", {})))
-    return list({row: None for release in longest_first for row in release.get("rows", {})})
-
-
 def draw_all(document: Record) -> list[Plot]:
     """Return every plot that the document has numbers for."""
     import matplotlib.style
@@ -139,7 +90,7 @@ def draw_all(document: Record) -> list[Plot]:
     releases, rounds = document.get("releases") or [], document.get("rounds") or []
     # The reader's own matplotlibrc must not show in the report; the settings return to theirs on leaving.
     with matplotlib.style.context(["default", STYLE]):
-        makers = (_quality(releases), _groups(releases), _loss(rounds), _traffic(rounds))
+        makers = (_quality(releases), _groups(releases), _loss(rounds), _traffic(rounds, releases))
         return [plot for plot in (*makers, _answers(rounds), _seconds(rounds)) if plot is not None]
 
 
@@ -276,7 +227,7 @@ def _loss(rounds: Sequence[Record]) -> Plot | None:
     return Plot("loss", "Training loss", caption, _svg(figure, "loss", alt))
 
 
-def _traffic(rounds: Sequence[Record]) -> Plot | None:
+def _traffic(rounds: Sequence[Record], releases: Sequence[Record]) -> Plot | None:
     sides = [("down", "bytes_down", DOWN), ("up", "bytes_up", UP)]
     columns = {key: [float(r.get(key) or 0) for r in rounds] for _, key, _ in sides}
     totals = {key: list(accumulate(column)) for key, column in columns.items()}
@@ -303,6 +254,9 @@ def _traffic(rounds: Sequence[Record]) -> Plot | None:
     figure.legend(handles, labels, loc="outside upper left", ncols=2)
     spent = [f"{size(totals[key][-1])} {name}" for name, key, _ in sides]
     caption = f"What the messages between server and nodes weigh: {' and '.join(spent)} in all.{_lone(rounds)}"
+    alone = max((release.get("client_bytes") or 0 for release in releases), default=0)
+    if alone:
+        caption += f" A client on a node of its own would receive and send {size(alone)} in each of its rounds."
     return Plot(
         "traffic", "Traffic", caption, _svg(figure, "traffic", f"Bytes per round and since the start. {caption}")
     )
@@ -390,31 +344,6 @@ def _round_axis(ax: Axes, rounds: Sequence[Record], half: bool = True) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(6 if half else 10, integer=True))
     ax.grid(axis="y")
     ax.set_xlabel("Round, counted over the run")
-
-
-def byte_unit(largest: float) -> tuple[float, str]:
-    """Return the divisor and the name of the decimal unit that suits `largest` bytes.
-
-    >>> byte_unit(2_500_000)
-    (1000000.0, 'MB')
-    """
-    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if largest >= divisor:
-            return divisor, unit
-    return 1.0, "bytes"
-
-
-def size(n_bytes: float | None) -> str:
-    """Return a number of bytes as people read it.
-
-    >>> size(123_456_789), size(12), size(None) == "\N{EN DASH}"
-    ('123 MB', '12 bytes', True)
-    """
-    if n_bytes is None:
-        return "\N{EN DASH}"
-    divisor, unit = byte_unit(n_bytes)
-    amount = n_bytes / divisor
-    return f"{amount:.1f} {unit}" if amount < 10 and divisor > 1 else f"{amount:,.0f} {unit}"
 
 
 def _figure(inches: tuple[float, float]) -> Figure:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedrec.errors import RunError
 from fedrec.evaluation import plots
-from fedrec.evaluation.plots import Record, cell, group_name, metric_name, pick_metric, row_name, score, size
+from fedrec.evaluation.words import Record, cell, group_name, metric_name, pick_metric, row_name, score, size
 
 if TYPE_CHECKING:
     from rich.console import Console

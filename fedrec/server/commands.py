@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from fedrec.server.registry import Registry, ReleaseRow
+    from fedrec.server.registry import Registry
+    from fedrec.server.release import ReleaseRow
 
 app = typer.Typer(no_args_is_help=True, help="List, choose and check the releases of a registry.")
 

@@ -19,7 +19,8 @@ from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
 from fedrec.server.judge import Contender, grown, initial, judge, local_only_contender, popularity_contender
-from fedrec.server.registry import Registry, Release
+from fedrec.server.registry import Registry
+from fedrec.server.release import Release
 from fedrec.server.round import Recipe, Roster, gather, run_round, take_census
 from fedrec.server.state import ServerState
 
@@ -185,6 +186,7 @@ def _publish(
         "parent": state.parent,
         "promoted": True,
         "n_items": time_slice.n_items,
+        "train_rows": int(state.counts["counts"].sum()) - sum(r["train_rows"] for r in state.releases),
         "train_start": getattr(time_slice.train, "start", None),
         "train_end": getattr(time_slice.train, "end", None),
         "test_end": getattr(time_slice.test, "end", None),

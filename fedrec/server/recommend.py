@@ -13,7 +13,7 @@ from fedrec.data.batches import histories_of
 from fedrec.models.build import restore
 from fedrec.models.configs import AnyModelConfig, ModelConfig
 from fedrec.models.recommender import score_all
-from fedrec.server.registry import Release
+from fedrec.server.release import Release
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,10 @@ def gather(
         first = fold.refused[0]
         raise RunError(f"Every node failed in this round; the first: {first['node']}: {first['reason']}")
     sent = sum(len(document) for document in documents.values())
-    return Gathered(fold.sums.value(), fold.n_clients, fold.stats, len(places), tuple(fold.refused), sent, bytes_up)
+    sums = dict(
+        sorted(fold.sums.value().items())
+    )  # documents are read in random order, which shows in a norm's last bit
+    return Gathered(sums, fold.n_clients, fold.stats, len(places), tuple(fold.refused), sent, bytes_up)
 
 
 def run_round(
@@ -221,7 +224,7 @@ def run_round(
         "slice": time_slice.index,
         "round": state.round,
         "task": "fit",
-        "loss": got.stats["loss"] / got.n_clients if got.n_clients else None,
+        "loss": got.stats["loss"] / got.n_clients if got.n_clients and "loss" in got.stats else None,
         "clipped": got.stats.get("clipped", 0.0),
         "cohort": got.cohort,
         "clients": got.n_clients,

@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 from fedrec.client.pool import ClientPool, LogPool
+from fedrec.data.batches import draw
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.log import InteractionLog
 from fedrec.data.slices import LastWindow, TimeWindow
 from fedrec.errors import ProtocolError
 from fedrec.models.build import build
+from fedrec.models.configs import SampledSoftmax
 from fedrec.models.recommender import get_params
-from fedrec.params import same_shapes
+from fedrec.params import non_finite, same_shapes
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import AnyTask, CountTask, FitTask, LocalTraining
-from tests.contracts.recommender import KEY, RECOMMENDERS, uneven_log
+from tests.contracts.recommender import KEY, RECOMMENDERS, everybody, uneven_log
 
 N_ITEMS = 25
 LENGTHS = (3, 0, 7, 1, 5, 2)
@@ -116,19 +118,23 @@ def test_external_ids_and_exact_times_never_show(make: Make) -> None:
 
 
 def test_a_client_whose_update_is_not_finite_is_left_out_and_the_others_are_not(make: Make) -> None:
-    """Item 24 has an infinite vector; only user 2 has it, and there are no negatives but what people drew."""
+    """One item has an absurd vector: user 2 took it, and nobody else took it or drew it as a negative."""
+    config = CONFIG.model_copy(update={"softmax": SampledSoftmax(negatives=1)})
+    model = build(config, N_ITEMS, KEY)
+    everyone = everybody(log())
+    negatives = draw(replace(everyone, ids=everyone.users), model.spec, N_ITEMS, KEY.child("step", 0)).negatives
+    broken = next(item for item in range(N_ITEMS) if item not in negatives)
     original = log()
-    items = np.minimum(original.item, 23)
-    items[original.offsets[2]] = 24
-    config = CONFIG.model_copy(update={"softmax": CONFIG.softmax.model_copy(update={"negatives": 1})})
-    params = get_params(build(config, N_ITEMS, KEY))
-    params["item"][24] = np.inf
+    items = np.where(original.item == broken, (broken + 1) % N_ITEMS, original.item)
+    items[original.offsets[2]] = broken
+    pool = make(replace(original, item=items), catalog())
+    params = get_params(model)
+    params["item"][broken] = 1e30
     asked = replace(plan(TASKS[0], [0, 1, 2, 3, 4]), model=config, params=params)
-    tally = make(replace(original, item=items), catalog()).run(asked)
-    assert tally.n_clients == 4
+    tally, without = pool.run(asked), pool.run(replace(asked, slots=np.array([0, 2, 3, 4])))
+    assert tally.n_clients == without.n_clients == 4
+    assert tally.stats["loss"] == pytest.approx(without.stats["loss"], rel=1e-5)
     assert np.isfinite(tally.stats["loss"])
-    assert all(np.isfinite(value).all() for value in tally.sums.values())
-    without = make(replace(original, item=items), catalog()).run(replace(asked, slots=np.array([0, 2, 3, 4])))
-    assert without.n_clients == 4
+    assert not non_finite(tally.sums)
     for name, value in tally.sums.items():
         np.testing.assert_allclose(value, without.sums[name], atol=1e-6)

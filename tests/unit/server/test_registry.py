@@ -24,7 +24,8 @@ from fedrec.errors import CorruptRelease, RegistryError
 from fedrec.params import digest
 from fedrec.server import registry as module
 from fedrec.server.files import temporary
-from fedrec.server.registry import Manifest, Registry, Release
+from fedrec.server.registry import Registry
+from fedrec.server.release import Manifest, Release
 
 
 def catalog(n_items: int = 3) -> ItemCatalog:

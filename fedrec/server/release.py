@@ -1,0 +1,107 @@
+"""What a release is: its manifest, its line in the registry, and the thing itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from fedrec.data.catalog import ItemCatalog
+from fedrec.params import Array
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as it comes back from JSON: text keys, lists, Python numbers; None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Document = Annotated[dict[str, Any], BeforeValidator(plain)]
+
+
+class Manifest(BaseModel):
+    """What a release is; it holds no time of day, so an interrupted and resumed run writes the same bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: Literal[1] = 1
+    """Version of this layout."""
+    version: int
+    """Number of the release in its registry, from 1."""
+    run: str
+    """Name of the run that made it."""
+    slice: int
+    """Index of the time slice after which it was made."""
+    parent: int | None
+    """The release it grew from; None for the first of a line."""
+    model: Document
+    """The model's configuration."""
+    catalog_digest: str
+    """SHA-256 of the `ItemCatalog`."""
+    n_items: int
+    """How many items the model knows."""
+    experiment: Document
+    """The whole experiment file, defaults included."""
+    experiment_digest: str
+    """Digest of the experiment."""
+    metrics: Document
+    """What was measured, by recommender, group of people and metric."""
+    privacy: Document
+    """What the release cost: the guarantee and its unit."""
+    sha256: str
+    """SHA-256 of the bytes of ``model.safetensors``."""
+    params_digest: str
+    """`fedrec.params.digest` of the tensors."""
+
+    def to_bytes(self) -> bytes:
+        """Return the JSON document; equal manifests give equal bytes."""
+        text = json.dumps(self.model_dump(), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+        return (text + "\n").encode()
+
+
+@dataclass(frozen=True)
+class ReleaseRow:
+    """One line of the registry.
+
+    Attributes:
+        version: number of the release, from 1.
+        run: name of the run that made it.
+        slice: index of the time slice.
+        parent: the release it grew from.
+        digest: SHA-256 of the manifest.
+        catalog_digest: SHA-256 of the catalogue.
+        experiment_digest: digest of the experiment.
+        created_at: seconds since 1970 UTC.
+        promoted: whether it ever was the current release.
+        current: whether it is now.
+    """
+
+    version: int
+    run: str
+    slice: int
+    parent: int | None
+    digest: str
+    catalog_digest: str
+    experiment_digest: str
+    created_at: int
+    promoted: bool
+    current: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Release:
+    """A release with all that is needed to recommend from it."""
+
+    version: int
+    manifest: Manifest
+    params: dict[str, Array]
+    catalog: ItemCatalog
