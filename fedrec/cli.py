@@ -80,14 +80,14 @@ def simulate(
             resume=resume,
             command=shlex.join(["fedrec", *sys.argv[1:]]),
             observe=bars.observe,
-            say=lambda note: notes.print(note, highlight=False),
+            say=lambda note: notes.print(note, highlight=False, markup=False),
         )
     if as_json:
         print(json.dumps(document))
         return
     console = Console()
     print_table(document, console)
-    console.print(f"Report:   {folder / 'report.html'}\nRegistry: {registry}", highlight=False, soft_wrap=True)
+    print(f"Report:   {folder / 'report.html'}\nRegistry: {registry}")
 
 
 @app.command()
@@ -103,7 +103,7 @@ def recommend(
     from fedrec.server.recommend import recommend as serve
     from fedrec.server.registry import Registry
 
-    loaded = Registry(registry).load(int(release) if release.isdigit() else release)
+    loaded = Registry(registry).load(int(release) if release.isdecimal() else release)
     ids = [item.strip() for item in history.split(",") if item.strip()]
     found = serve(loaded, ids, k)
     document: dict[str, Any] = {
@@ -116,14 +116,16 @@ def recommend(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"Release {loaded.version} recommends", title_justify="left")
     for name, justify in (("", "right"), ("id", "right"), ("title", "left"), ("genres", "left"), ("score", "right")):
         table.add_column(name, justify="right" if justify == "right" else "left")
     for item in found.items:
-        table.add_row(str(item.rank), item.id, item.title, ", ".join(item.attributes), f"{item.score:.3f}")
+        cells = (str(item.rank), item.id, item.title, ", ".join(item.attributes), f"{item.score:.3f}")
+        table.add_row(*(Text(cell) for cell in cells))  # Text, so that a title such as '[draft]' is not taken for markup
     console = Console()
-    console.print("After " + ("; ".join(found.history_titles) or "nothing yet"), highlight=False)
+    console.print("After " + ("; ".join(found.history_titles) or "nothing yet"), highlight=False, markup=False)
     console.print(table)
 
 

@@ -12,12 +12,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedrec.config import Experiment
 from fedrec.data.sources import load_dataset
-from fedrec.errors import ProtocolError, RunError
+from fedrec.errors import FedrecError, ProtocolError, RunError
 from fedrec.protocol.flower import from_record, to_record
 from fedrec.protocol.link import Reply, Verb
 from fedrec.server.lifelong import Event
 from fedrec.server.registry import Registry
-from fedrec.server.run import RunFolder, run_experiment
+from fedrec.server.run import RunFolder, cut, run_experiment
 
 MESSAGE_TYPES: Mapping[Verb, str] = {"census": "query.census", "run": "train.run"}
 
@@ -73,34 +73,45 @@ def server_app(main: Callable[[GridLink, Context], None]) -> ServerApp:
 
 
 def run_configured(link: GridLink, context: Context) -> None:
-    """Carry out the experiment that Flower's run config names: keys experiment, nodes, out, registry, resume."""
+    """Carry out the experiment that Flower's run config names: keys experiment, nodes, out, registry, resume.
+
+    Relative paths start where the SuperLink was started, not where `flwr run` was typed, so give absolute ones.
+
+    Raises:
+        FedrecError: whatever went wrong; printed too, because `flwr run --stream` shows a traceback and exits with 0.
+    """
     config = context.run_config
-    experiment = Experiment.find(str(config["experiment"]))
-    root = Path(str(config["out"])).absolute()
-    open_run = RunFolder.unfinished if config["resume"] else RunFolder.new
-    link.wait_for(int(config["nodes"]))
-    folder = open_run(root, experiment)
-    run_experiment(
-        experiment,
-        load_dataset(experiment.data.source),
-        link,
-        folder,
-        Registry(Path(str(config["registry"])).absolute()),
-        command="flwr run .",
-        observe=log_event,
-    )
-    print(f"fedrec: report at {folder.path / 'report.html'}", flush=True)
+    try:
+        experiment = Experiment.find(str(config["experiment"]))
+        root, registry = (Path(str(config[key])).absolute() for key in ("out", "registry"))
+        dataset = load_dataset(experiment.data.source, say=log_note)
+        cut(experiment, dataset)  # a split that cannot be is refused before anything is written
+        link.wait_for(int(config["nodes"]))
+        folder = (RunFolder.unfinished if config["resume"] else RunFolder.new)(root, experiment)
+        log_note(f"run {folder.path}, releases in {registry}")
+        run_experiment(
+            experiment, dataset, link, folder, Registry(registry), command="flwr run .", observe=log_event
+        )
+    except FedrecError as error:
+        log_note(f"the run failed: {error}")
+        raise
+    log_note(f"report at {folder.path / 'report.html'}")
+
+
+def log_note(note: str) -> None:
+    """Print one line that Flower's log shows at once."""
+    print(f"fedrec: {note}", flush=True)
 
 
 def log_event(event: Event) -> None:
     """Print one line for each slice, each tenth round and each release."""
     record = event.record
     if event.kind == "slice":
-        print(f"fedrec: slice {record['slice']}: {record['rounds']} rounds, {record['clients']} clients", flush=True)
+        log_note(f"slice {record['slice']}: {record['rounds']} rounds, {record['clients']} clients")
     elif event.kind == "round" and record["round"] % 10 == 0:
-        print(f"fedrec: slice {record['slice']}, round {record['round']}: loss {record['loss']}", flush=True)
+        log_note(f"slice {record['slice']}, round {record['round']}: loss {record['loss']}")
     elif event.kind == "release":
-        print(f"fedrec: release {record['version']} after slice {record['slice']}", flush=True)
+        log_note(f"release {record['version']} after slice {record['slice']}")
 
 
 app = server_app(run_configured)

@@ -17,7 +17,8 @@ import pytest
 from rich.console import Console
 
 from fedrec.errors import RunError
-from fedrec.evaluation import plots, report, words
+from fedrec.evaluation import plots, report
+from fedrec.evaluation import words as wording
 from fedrec.random import Key
 
 METRICS = ("ndcg@10", "hr@10", "recall@10", "mrr@10", "coverage@10", "novelty@10")
@@ -297,7 +298,7 @@ def test_tables_and_drawings_are_named_for_screen_readers(page: Page) -> None:
     drawings = page.named("svg")
     assert [attrs["role"] for attrs in drawings] == ["img"] * 6
     last = a_document()["releases"][-1]["rows"]["release"]["all"]["metrics"]["ndcg@10"]["value"]
-    assert f"NDCG@10 of release 4: release {words.score(last)}" in str(drawings[0]["aria-label"])
+    assert f"NDCG@10 of release 4: release {wording.score(last)}" in str(drawings[0]["aria-label"])
     assert page.named("html")[0]["lang"] == "en"
 
 
@@ -317,7 +318,7 @@ def test_every_drawing_is_wellformed_xml_with_real_text(html: str) -> None:
         assert "Slice" in words or "Round, counted over the run" in words
     quality = "".join(ET.fromstring(drawn[0]).itertext())
     assert all(name in quality for name in ("previous release", "popularity", "local only", "NDCG@10", "HR@10"))
-    assert all(color.lower() in drawn[0] for _, color, _ in words.ROWS.values())
+    assert all(color.lower() in drawn[0] for _, color, _ in wording.ROWS.values())
 
 
 def test_a_single_release_is_drawn_with_its_values() -> None:
@@ -326,7 +327,7 @@ def test_a_single_release_is_drawn_with_its_values() -> None:
     assert "groups" not in drawn  # only everyone was measured
     words = "".join(ET.fromstring(drawn["quality"].svg).itertext())
     for groups in document["releases"][0]["rows"].values():
-        assert words.score(groups["all"]["metrics"]["ndcg@10"]["value"]) in words
+        assert wording.score(groups["all"]["metrics"]["ndcg@10"]["value"]) in words
 
 
 def test_every_word_of_the_document_is_escaped() -> None:
@@ -579,7 +580,7 @@ def test_the_terminal_table_has_a_line_per_release_and_recommender() -> None:
     last = document["releases"][-1]["rows"]["release"]["all"]["metrics"]
     shown = [
         report.interval(last["ndcg@10"]),
-        *(words.score(last[m]["value"]) for m in METRICS if m not in ("ndcg@10", "mrr@10", "novelty@10")),
+        *(wording.score(last[m]["value"]) for m in METRICS if m not in ("ndcg@10", "mrr@10", "novelty@10")),
     ]
     assert lines[-4].split() == ["4", "3", "release", "332", *" ".join(shown).split(), "9", "226.9"]
     assert lines[-3].split()[:4] == ["4", "3", "previous", "332"]
