@@ -123,7 +123,9 @@ def recommend(
         table.add_column(name, justify="right" if justify == "right" else "left")
     for item in found.items:
         cells = (str(item.rank), item.id, item.title, ", ".join(item.attributes), f"{item.score:.3f}")
-        table.add_row(*(Text(cell) for cell in cells))  # Text, so that a title such as '[draft]' is not taken for markup
+        table.add_row(
+            *(Text(cell) for cell in cells)
+        )  # Text, so that a title such as '[draft]' is not taken for markup
     console = Console()
     console.print("After " + ("; ".join(found.history_titles) or "nothing yet"), highlight=False, markup=False)
     console.print(table)
@@ -145,6 +147,7 @@ def main() -> None:
     except FedrecError as error:
         print(f"fedrec: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("fedrec: stopped; what was checkpointed can be resumed with --resume.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's word for an interrupt
+            print("fedrec: stopped; what was checkpointed can be resumed with --resume.", file=sys.stderr)
+        raise

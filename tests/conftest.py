@@ -6,6 +6,13 @@ from pathlib import Path
 
 import pytest
 
+try:  # the shapes in the models' signatures are checked wherever tests run them
+    from jaxtyping import install_import_hook
+
+    install_import_hook("fedrec.models", "beartype.beartype")
+except ImportError:  # the device core alone is installed
+    pass
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -11,6 +11,7 @@ from fedrec.client.vectorised import train_batched
 from fedrec.data.batches import Cohort, histories
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.slices import LastWindow, TimeWindow, resolve
+from fedrec.errors import ProtocolError
 from fedrec.evaluation.intervals import contributions, poisson_weights
 from fedrec.evaluation.metrics import average_people, evaluate_people
 from fedrec.evaluation.ranking import ItemLists
@@ -37,6 +38,8 @@ def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemC
         cohort: the clients; ``[low, high)`` are the held-out places.
         catalog: item attributes, for diversity.
     """
+    if plan.inputs.get("popularity", np.zeros(0)).shape != (plan.n_items,):
+        raise ProtocolError("The plan to evaluate carries no popularity counts of its items.")
     model = restore(plan.model, plan.n_items, plan.params)
     attributes = catalog.attribute_matrix[: plan.n_items]
     sums = Accumulator()

@@ -147,12 +147,18 @@ class LogPool:
 
 
 def count(task: CountTask, cohort: Cohort, n_items: int) -> Tally:
-    """Return how many of the clients took each item in the window: ``{"counts": [n_items] float32}``."""
+    """Return how many of the clients took each item in the window: ``{"counts": [n_items] float32}``.
+
+    Raises:
+        ProtocolError: somebody took an item that is not among the `n_items`.
+    """
     width = cohort.high - cohort.low
     person = np.repeat(np.arange(len(cohort)), width)
     first = np.concatenate(([0], np.cumsum(width)[:-1]))
     place = np.arange(int(width.sum())) - np.repeat(first, width) + np.repeat(cohort.low, width)
     items = cohort.log.item[cohort.log.offsets[cohort.users][person] + place].astype(np.int64)
+    if items.max(initial=0) >= n_items:
+        raise ProtocolError(f"The window holds item {items.max()}, but the plan knows {n_items} items; ask for all.")
     taken = np.unique(person * n_items + items)  # each person counts an item once
     person, items = taken // n_items, taken % n_items
     factors = clip_factors(np.sqrt(np.bincount(person, minlength=len(cohort))), task.clip_norm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +60,7 @@ class Trained:
         return own
 
 
-def step_batches(cohort: Cohort, model: Recommender, local: LocalTraining, key: Key) -> list[Batch[NDArray[Any]]]:
+def step_batches(cohort: Cohort, model: Recommender, local: LocalTraining, key: Key) -> list[Batch]:
     """Return the batches of every local step; both twins train on exactly these."""
     return [draw(cohort, model.spec, model.n_items, key.child("step", step)) for step in range(local.steps)]
 

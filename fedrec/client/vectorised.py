@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -33,7 +31,7 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
     touched = torch.from_numpy(rows)
     start = {n: v[touched] if model.gathers and n in model.row_names else v for n, v in shared.items()}
 
-    def one_client(own: Tensors, mine: Tensors, batch: Batch[Tensor]) -> Tensor:
+    def one_client(own: Tensors, mine: Tensors, batch: Batch) -> Tensor:
         single = Batch(*(part[None] for part in batch))
         loss: Tensor = functional_call(model, own, (single, {name: value[None] for name, value in mine.items()}))
         return loss.sum()
@@ -53,7 +51,7 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
     return Trained(deltas, touched, sparse, loss)
 
 
-def renumber(batches: list[Batch[NDArray[Any]]]) -> tuple[NDArray[np.int64], list[Batch[NDArray[Any]]]]:
+def renumber(batches: list[Batch]) -> tuple[NDArray[np.int64], list[Batch]]:
     """Return the item rows that each client touches in all steps, and the batches in terms of those rows.
 
     Returns:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,19 +19,18 @@ from fedrec.random import Key
 START = -1
 NEVER = 2**31 - 1
 
-T = TypeVar("T")
 Ints = NDArray[np.int64]
 
 
-class Histories(NamedTuple, Generic[T]):
+class Histories(NamedTuple):
     """What b people did so far: `items` [b, L] item numbers (`START` first where the model wants it), `mask` [b, L]."""
 
-    items: T
-    mask: T
+    items: Any
+    mask: Any
 
 
-class Batch(NamedTuple, Generic[T]):
-    """What one local step of b people looks at.
+class Batch(NamedTuple):
+    """What one local step of b people looks at: NumPy arrays as drawn, torch tensors inside a model.
 
     Attributes:
         inputs: [b, L] item numbers known before the targets, or `START`.
@@ -44,13 +43,13 @@ class Batch(NamedTuple, Generic[T]):
         seeds: [b] integers that seed the dropout of each person.
     """
 
-    inputs: T
-    input_mask: T
-    targets: T
-    target_mask: T
-    negatives: T
-    negative_since: T
-    seeds: T
+    inputs: Any
+    input_mask: Any
+    targets: Any
+    target_mask: Any
+    negatives: Any
+    negative_since: Any
+    seeds: Any
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Cohort:
         return Cohort(self.log, self.users[which], self.ids[which], self.low[which], self.high[which])
 
 
-def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key) -> Batch[NDArray[Any]]:
+def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key) -> Batch:
     """Return the batch that each client of the cohort draws under `key`, as arrays with the cohort as first axis.
 
     Negatives are uniform over the `n_items` of the catalogue, whatever anybody touched: no test set can inform them.
@@ -154,7 +153,7 @@ def _items(cohort: Cohort, place: Ints, valid: NDArray[np.bool_]) -> Ints:
     return np.where(valid, cohort.log.item[np.where(valid, rows, 0)], 0).astype(np.int64)
 
 
-def histories(cohort: Cohort, end: Ints, spec: BatchSpec) -> Histories[NDArray[Any]]:
+def histories(cohort: Cohort, end: Ints, spec: BatchSpec) -> Histories:
     """Return what each client knew before place `end` [c], as a recommender's `encode` wants it."""
     lead = 1 if spec.kind == "causal" else 0
     start = np.maximum(end + lead - spec.length, 0)
@@ -166,7 +165,7 @@ def histories(cohort: Cohort, end: Ints, spec: BatchSpec) -> Histories[NDArray[A
     return Histories(items, valid)
 
 
-def histories_of(lists: Sequence[Sequence[int]], spec: BatchSpec) -> Histories[NDArray[Any]]:
+def histories_of(lists: Sequence[Sequence[int]], spec: BatchSpec) -> Histories:
     """Return plain lists of item numbers, oldest first, as a recommender's `encode` wants them."""
     counts = np.array([len(items) for items in lists], np.int64)
     flat = np.array([item for items in lists for item in items] or [0], np.int64)

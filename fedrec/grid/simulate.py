@@ -17,7 +17,7 @@ from fedrec.grid.in_process import SERVER_NODE_ID, InProcessGrid
 from fedrec.server.app import GridLink, server_app
 from fedrec.server.lifelong import Observer
 from fedrec.server.registry import Registry
-from fedrec.server.run import RunFolder, cut, run_experiment
+from fedrec.server.run import RunFolder, check, run_experiment
 
 DEFAULT_RUNS, DEFAULT_REGISTRY = Path("runs"), Path("runs/registry")
 
@@ -52,7 +52,7 @@ def simulate(
 
     folder = RunFolder.unfinished(runs, experiment) if resume else None
     data = load_dataset(experiment.data.source, say=say) if dataset is None else dataset
-    cut(experiment, data)  # a split that cannot be is refused before anything is written
+    check(experiment, data)
     torch.set_num_threads(experiment.runtime.threads)
     n_nodes = experiment.runtime.nodes
     pools = [LogPool.partition(data.log, data.catalog, i, n_nodes, experiment.runtime.engine) for i in range(n_nodes)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -56,19 +56,22 @@ class Factorisation(Recommender):
             return users @ self.item.T
         return torch.einsum("bd,bkd->bk", users, F.embedding(items, self.item))
 
-    def local_start(self, batch: Batch[Tensor]) -> dict[str, Tensor]:
+    def local_start(self, batch: Batch) -> dict[str, Tensor]:
         """Return the solved user vectors."""
         return {"user": self.encode(batch.inputs, batch.input_mask).detach()}
 
-    def loss(self, batch: Batch[Tensor], local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
+    def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the iALS objective per observed interaction, with the unobserved part estimated from negatives."""
         user = (self.local_start(batch) if local is None else local)["user"]
         n_seen = batch.input_mask.sum(-1).clamp(min=1).to(user.dtype)
         observed = masked_mean((1.0 - self.score(user, batch.targets)) ** 2, batch.target_mask)
         unobserved = (self.score(user, batch.negatives) ** 2).mean(-1) * (self.n_items / n_seen)
-        return observed + self.config.unobserved_weight * unobserved + self.config.regularisation * (user**2).sum(-1)
+        loss: Tensor = (
+            observed + self.config.unobserved_weight * unobserved + self.config.regularisation * (user**2).sum(-1)
+        )
+        return loss
 
-    def grow(self, n_items: int, key: Key) -> Self:
+    def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a copy with zero vectors for the new items: anything else would change everybody's user vector."""
         grown = type(self)(self.config, n_items, key)
         copy_grown(self, grown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -41,12 +41,12 @@ class Popularity(Recommender):
         """Return the counts."""
         return users * (self.counts if items is None else self.counts[items])
 
-    def loss(self, batch: Batch[Tensor], local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
+    def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return ``-log((c_t + 1) / sum_j (c_j + 1))``, averaged over each person's targets."""
         smoothed = torch.log(self.counts.clamp(min=0) + 1.0)
         return masked_mean(torch.logsumexp(smoothed, 0) - smoothed[batch.targets], batch.target_mask)
 
-    def grow(self, n_items: int, key: Key) -> Self:
+    def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a copy with zero counts for the new items."""
         grown = type(self)(PopularityConfig(), n_items, key)
         copy_grown(self, grown)

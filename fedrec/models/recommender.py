@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Recommender(nn.Module, ABC):
         """Return each person's score of the given items, or of the whole catalogue."""
 
     @abstractmethod
-    def loss(self, batch: Batch[Tensor], local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
+    def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return one loss per person, never reduced over people.
 
         Args:
@@ -64,16 +64,16 @@ class Recommender(nn.Module, ABC):
             local: the client's own tensors [b, ...]; None: `local_start` makes them.
         """
 
-    def forward(self, batch: Batch[Tensor], local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
+    def forward(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return `loss`, so that ``torch.func.functional_call`` can train the model."""
         return self.loss(batch, local)
 
-    def local_start(self, batch: Batch[Tensor]) -> dict[str, Tensor]:
+    def local_start(self, batch: Batch) -> dict[str, Tensor]:
         """Return the local tensors [b, ...] that local training starts from; needs the whole item table."""
         return {}
 
     @abstractmethod
-    def grow(self, n_items: int, key: Key) -> Self:
+    def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a model for a larger catalogue that scores the old items exactly as before."""
 
 
@@ -108,13 +108,13 @@ def copy_grown(old: Recommender, new: Recommender) -> None:
             place.copy_(value)
 
 
-def to_torch(batch: Batch[NDArray[Any]]) -> Batch[Tensor]:
+def to_torch(batch: Batch) -> Batch:
     """Return the batch as torch tensors that share memory with the arrays."""
     return Batch(*(torch.from_numpy(np.ascontiguousarray(part)) for part in batch))
 
 
 @torch.no_grad()
-def score_all(model: Recommender, histories: Histories[NDArray[Any]]) -> NDArray[np.float32]:
+def score_all(model: Recommender, histories: Histories) -> NDArray[np.float32]:
     """Return [b, n_items] scores of the whole catalogue for b histories."""
     items, mask = (torch.from_numpy(np.ascontiguousarray(part)) for part in histories)
     scores: NDArray[np.float32] = model.score(model.encode(items, mask)).numpy()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -127,7 +127,7 @@ class Transformer(Recommender):
             return users @ self.item.T
         return torch.einsum("bd,bkd->bk", users, F.embedding(items, self.item))
 
-    def loss(self, batch: Batch[Tensor], local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
+    def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the mean softmax loss over each person's targets, with dropout seeded by the batch."""
         states = self.hidden(batch.inputs, batch.seeds)  # [b t d]
         n, c = states.shape[1], self.config
@@ -146,7 +146,7 @@ class Transformer(Recommender):
         wanted = lookahead(logits, there, c.horizon_decay)
         return sampled_softmax(logits[..., 0], wanted, negative, had | is_target, batch.target_mask, stands_for)
 
-    def grow(self, n_items: int, key: Key) -> Self:
+    def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a copy with freshly drawn vectors for the new items."""
         grown = type(self)(self.config, n_items, key)
         copy_grown(self, grown)

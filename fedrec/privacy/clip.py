@@ -23,6 +23,6 @@ def clip_factors(norms: NDArray[np.floating], bound: float | None) -> NDArray[np
     finite: NDArray[np.bool_] = np.isfinite(norms)
     if bound is None:
         return finite.astype(np.float32)
-    safe = np.where(finite & (norms > 0), norms, 1.0)
-    factors: NDArray[np.float32] = np.where(finite, np.minimum(1.0, bound / safe), 0.0).astype(np.float32)
+    longer = np.maximum(np.where(finite, norms, bound), bound)
+    factors: NDArray[np.float32] = np.where(finite, bound / longer, 0.0).astype(np.float32)
     return factors

@@ -93,6 +93,9 @@ class RoundPlan:
             raise ProtocolError(f"The plan is malformed: {error}") from error
         if slots.ndim != 1 or slots.dtype != np.int64:
             raise ProtocolError(f"The plan is malformed: its slots are {slots.dtype}{slots.shape}, not int64[k].")
+        odd = [name for name in tensors if not name.startswith((_MODEL, _INPUT))]
+        if odd:
+            raise ProtocolError(f"The plan is malformed: nobody knows what its tensor '{odd[0]}' is for.")
         params = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
         inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
         return cls(

@@ -86,6 +86,8 @@ class Expectation:
         broken = named.non_finite(tally.sums)
         if broken:
             raise TallyRefused(f"'{broken[0]}' holds a NaN or an infinity")
+        if tally.n_clients == 0 and named.norm(tally.sums) > 0:
+            raise TallyRefused("it carries sums of no clients")
         if self.norm_bound is not None:
             norm, bound = named.norm(tally.sums), self.norm_bound * tally.n_clients
             if norm > bound * (1 + 1e-4):

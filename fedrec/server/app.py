@@ -17,7 +17,7 @@ from fedrec.protocol.flower import from_record, to_record
 from fedrec.protocol.link import Reply, Verb
 from fedrec.server.lifelong import Event
 from fedrec.server.registry import Registry
-from fedrec.server.run import RunFolder, cut, run_experiment
+from fedrec.server.run import RunFolder, check, run_experiment
 
 MESSAGE_TYPES: Mapping[Verb, str] = {"census": "query.census", "run": "train.run"}
 
@@ -85,13 +85,11 @@ def run_configured(link: GridLink, context: Context) -> None:
         experiment = Experiment.find(str(config["experiment"]))
         root, registry = (Path(str(config[key])).absolute() for key in ("out", "registry"))
         dataset = load_dataset(experiment.data.source, say=log_note)
-        cut(experiment, dataset)  # a split that cannot be is refused before anything is written
+        check(experiment, dataset)
         link.wait_for(int(config["nodes"]))
         folder = (RunFolder.unfinished if config["resume"] else RunFolder.new)(root, experiment)
         log_note(f"run {folder.path}, releases in {registry}")
-        run_experiment(
-            experiment, dataset, link, folder, Registry(registry), command="flwr run .", observe=log_event
-        )
+        run_experiment(experiment, dataset, link, folder, Registry(registry), command="flwr run .", observe=log_event)
     except FedrecError as error:
         log_note(f"the run failed: {error}")
         raise

@@ -15,7 +15,8 @@ from fedrec import __version__
 from fedrec.config import Experiment, LeaveOneOutSplit
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices
-from fedrec.errors import RegistryError, RunError
+from fedrec.errors import RunError
+from fedrec.models.build import build
 from fedrec.protocol.link import Link
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
 from fedrec.server.lifelong import PRIVACY, Desk, Event, Observer, run_stream
@@ -82,6 +83,16 @@ def cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
             'use split.kind = "leave_one_out".'
         )
     return stream_slices(dataset.log, dataset.catalog, split.base, split.later, split.holdout)
+
+
+def check(experiment: Experiment, dataset: Dataset) -> None:
+    """Raise what makes the experiment impossible on this data, while nothing is written yet.
+
+    Raises:
+        FedrecError: the data cannot be cut as asked, or the model's settings contradict each other.
+    """
+    cut(experiment, dataset)
+    build(experiment.model, 1, ServerState.root_key(experiment))
 
 
 def run_experiment(
@@ -215,10 +226,3 @@ def machine(threads: int) -> dict[str, Any]:
         except PackageNotFoundError:
             found[package] = None
     return found
-
-
-def check_writable(path: Path) -> None:
-    """Raise `RegistryError` now, rather than after an hour, if nothing can be written to `path`."""
-    make_folder(path)
-    if not os.access(path, os.W_OK):
-        raise RegistryError(f"Cannot write to '{path}': no permission; choose another folder with --out.")

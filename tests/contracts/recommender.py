@@ -6,7 +6,7 @@ A new model joins the suite by one more entry in `RECOMMENDERS`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -54,8 +54,8 @@ class Entry:
 
     config: AnyModelConfig
     rounds: int = 0
-    server: SgdConfig | AdamConfig = AdamConfig(learning_rate=0.02)
-    local: LocalTraining = LocalTraining()
+    server: SgdConfig | AdamConfig = field(default_factory=lambda: AdamConfig(learning_rate=0.02))
+    local: LocalTraining = field(default_factory=LocalTraining)
     sequential: bool = False
 
 
@@ -101,7 +101,7 @@ def lively(config: AnyModelConfig, n_items: int, key: Key = KEY) -> Recommender:
     return model.eval()
 
 
-def drawn(model: Recommender, cohort: Cohort, key: Key = KEY) -> Batch[Tensor]:
+def drawn(model: Recommender, cohort: Cohort, key: Key = KEY) -> Batch:
     """Return the batch that the cohort would train on."""
     return to_torch(draw(cohort, model.spec, model.n_items, key))
 

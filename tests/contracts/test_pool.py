@@ -72,7 +72,7 @@ def test_the_census_counts_people_with_something_in_the_window(make: Make) -> No
 
 def test_another_catalogue_is_refused_before_anything_is_done(make: Make) -> None:
     pool = make(log(), catalog("other titles"))
-    with pytest.raises(ProtocolError, match="numbers items by catalogue .* give both the same data set"):
+    with pytest.raises(ProtocolError, match=r"numbers items by catalogue .* give both the same data set"):
         pool.census(WINDOW, catalog().digest())
     with pytest.raises(ProtocolError, match="numbers items by catalogue"):
         pool.run(plan(TASKS[0], [0]))

@@ -38,9 +38,7 @@ from tests.contracts.recommender import (
 
 N_ITEMS = 40
 LENGTHS = (1, 2, 5, 9, 12)
-PERSONAL = {
-    name: entry for name, entry in RECOMMENDERS.items() if build(entry.config, 2, KEY).personal
-}
+PERSONAL = {name: entry for name, entry in RECOMMENDERS.items() if build(entry.config, 2, KEY).personal}
 SEQUENTIAL = {name: entry for name, entry in RECOMMENDERS.items() if entry.sequential}
 
 
@@ -56,7 +54,7 @@ def model(config: AnyModelConfig) -> Recommender:
 
 
 @pytest.fixture
-def batch(model: Recommender) -> Batch[torch.Tensor]:
+def batch(model: Recommender) -> Batch:
     return drawn(model, everybody(uneven_log(LENGTHS, N_ITEMS, KEY)))
 
 
@@ -69,7 +67,7 @@ def users_of(model: Recommender) -> torch.Tensor:
     return model.encode(torch.from_numpy(items), torch.from_numpy(mask)).detach()
 
 
-def padded(batch: Batch[torch.Tensor], columns: int, garbage: int) -> Batch[torch.Tensor]:
+def padded(batch: Batch, columns: int, garbage: int) -> Batch:
     """Return the batch with masked columns of any item added to inputs and targets."""
 
     def pad(part: torch.Tensor, value: int | bool) -> torch.Tensor:
@@ -87,7 +85,7 @@ def padded(batch: Batch[torch.Tensor], columns: int, garbage: int) -> Batch[torc
 
 
 def test_users_scores_and_losses_have_the_shapes_and_dtypes_of_the_contract(
-    model: Recommender, batch: Batch[torch.Tensor]
+    model: Recommender, batch: Batch
 ) -> None:
     users = users_of(model)
     assert users.ndim == 2
@@ -105,7 +103,7 @@ def test_scores_of_some_items_are_those_columns_of_all_scores(model: Recommender
     close(model.score(users, items), model.score(users).gather(1, items), 1e-6)
 
 
-def test_the_model_names_its_parameters_truly(model: Recommender, batch: Batch[torch.Tensor]) -> None:
+def test_the_model_names_its_parameters_truly(model: Recommender, batch: Batch) -> None:
     params = dict(model.named_parameters())
     assert model.row_names <= params.keys()
     assert all(len(params[name]) == N_ITEMS for name in model.row_names)
@@ -143,7 +141,7 @@ def test_padding_does_not_change_scores(model: Recommender) -> None:
 
 
 @pytest.mark.parametrize("garbage", [0, 7])
-def test_padding_does_not_change_the_loss(model: Recommender, batch: Batch[torch.Tensor], garbage: int) -> None:
+def test_padding_does_not_change_the_loss(model: Recommender, batch: Batch, garbage: int) -> None:
     close(model.loss(padded(batch, 3, garbage)), model.loss(batch))
 
 
@@ -164,7 +162,7 @@ def test_the_loss_of_a_batch_is_the_losses_of_each_person_alone(model: Recommend
 
 
 def test_a_person_without_targets_costs_nothing_beyond_what_does_not_depend_on_them(
-    model: Recommender, batch: Batch[torch.Tensor]
+    model: Recommender, batch: Batch
 ) -> None:
     none = batch._replace(target_mask=torch.zeros_like(batch.target_mask))
     other = none._replace(targets=(none.targets + 1) % N_ITEMS)
@@ -175,7 +173,7 @@ def test_a_person_without_targets_costs_nothing_beyond_what_does_not_depend_on_t
         assert model.loss(none).abs().max() == 0
 
 
-def test_every_parameter_that_the_loss_uses_has_a_gradient(model: Recommender, batch: Batch[torch.Tensor]) -> None:
+def test_every_parameter_that_the_loss_uses_has_a_gradient(model: Recommender, batch: Batch) -> None:
     model.loss(batch).sum().backward()
     for name, value in model.named_parameters():
         assert value.grad is not None, name
@@ -183,9 +181,7 @@ def test_every_parameter_that_the_loss_uses_has_a_gradient(model: Recommender, b
         assert value.grad.abs().max() > 0, name
 
 
-def test_a_gathering_model_leaves_the_rows_of_other_items_alone(
-    model: Recommender, batch: Batch[torch.Tensor]
-) -> None:
+def test_a_gathering_model_leaves_the_rows_of_other_items_alone(model: Recommender, batch: Batch) -> None:
     if not model.gathers:
         pytest.skip("touches every row by design")
     some = Batch(*(part[:2] for part in batch))  # two people, so that much of the catalogue stays out
@@ -202,11 +198,11 @@ def test_a_gathering_model_leaves_the_rows_of_other_items_alone(
         assert gradient[some.targets[some.target_mask]].abs().max() > 0
 
 
-def test_clients_under_vmap_are_clients_in_a_loop(model: Recommender, batch: Batch[torch.Tensor]) -> None:
+def test_clients_under_vmap_are_clients_in_a_loop(model: Recommender, batch: Batch) -> None:
     params = {name: value.detach() for name, value in model.named_parameters()}
     local = model.local_start(batch)
 
-    def one(own: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], part: Batch[torch.Tensor]) -> torch.Tensor:
+    def one(own: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], part: Batch) -> torch.Tensor:
         single = Batch(*(value[None] for value in part))
         loss: torch.Tensor = functional_call(model, own, (single, {n: v[None] for n, v in mine.items()}))
         return loss.sum()
@@ -280,7 +276,7 @@ def test_the_same_key_gives_the_same_bytes_and_another_key_others(config: AnyMod
     assert has_initial_values is build(config, N_ITEMS, KEY).personal
 
 
-def test_a_model_does_not_use_the_global_generator(config: AnyModelConfig, batch: Batch[torch.Tensor]) -> None:
+def test_a_model_does_not_use_the_global_generator(config: AnyModelConfig, batch: Batch) -> None:
     before = torch.get_rng_state()
     model = build(config, N_ITEMS, KEY).train()
     first = model.loss(batch)

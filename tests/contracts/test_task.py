@@ -22,7 +22,7 @@ from tests.contracts.recommender import KEY, RECOMMENDERS, uneven_log
 N_ITEMS = 30
 LENGTHS = (4, 1, 9, 2, 6, 12, 3)
 N = len(LENGTHS)
-CLIP = 1.1
+CLIP = 3.0
 FIT = FitTask(window=LastWindow(skip=1), local=LocalTraining(steps=2, learning_rate=0.5, clip_norm=CLIP))
 TASKS: dict[str, AnyTask] = {
     "fit": FIT,

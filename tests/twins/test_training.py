@@ -68,7 +68,9 @@ def totals(trained: Trained, like: dict[str, Tensor], factors: np.ndarray) -> di
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 2e-5) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
-        torch.testing.assert_close(value, other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_same_tallies(one: Tally, other: Tally, tolerance: float = 2e-5) -> None:
@@ -256,13 +258,11 @@ def centralised(
     if isinstance(server, SgdConfig):
         steps: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), server.learning_rate, server.momentum)
     else:
-        steps = torch.optim.Adam(
-            model.parameters(), server.learning_rate, (server.beta1, server.beta2), server.epsilon
-        )
+        steps = torch.optim.Adam(model.parameters(), server.learning_rate, (server.beta1, server.beta2), server.epsilon)
     states = []
     for number in range(rounds):
         key = KEY.child("round", number).child("step", 0)
-        batch: Batch[Tensor] = to_torch(draw(people, model.spec, N_ITEMS, key))
+        batch: Batch = to_torch(draw(people, model.spec, N_ITEMS, key))
         steps.zero_grad()
         model.loss(batch).mean().backward()
         steps.step()

@@ -143,7 +143,11 @@ def test_a_good_file_is_read_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "told"),
-    [(b"name = ", "is not valid TOML"), (b"name = 'a'\nname = 'b'\n", "is not valid TOML"), (b"\xff\xfe", "not a text")],
+    [
+        (b"name = ", "is not valid TOML"),
+        (b"name = 'a'\nname = 'b'\n", "is not valid TOML"),
+        (b"\xff\xfe", "not a text"),
+    ],
 )
 def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
     path = tmp_path / "bad.toml"

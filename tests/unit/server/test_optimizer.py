@@ -88,7 +88,9 @@ def test_memory_grows_with_zero_rows_and_the_old_rows_go_on_as_before() -> None:
     config = SgdConfig(learning_rate=0.5, momentum=0.9)
     start, delta = numbers("start"), numbers("delta")
     small, memory = step(config, start, {}, delta, 1.0)
-    larger = {name: np.concatenate([v, np.ones((2, 3), np.float32)]) if name == "item" else v for name, v in small.items()}
+    larger = {
+        name: np.concatenate([v, np.ones((2, 3), np.float32)]) if name == "item" else v for name, v in small.items()
+    }
     grown = grow_memory(memory, larger)
     assert grown["item/momentum_buffer"].shape == (8, 3)
     assert not grown["item/momentum_buffer"][6:].any()

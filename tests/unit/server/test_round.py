@@ -287,7 +287,10 @@ def test_the_census_orders_nodes_by_name_and_leaves_out_those_that_fail() -> Non
 @pytest.mark.parametrize(
     ("tamper", "told"),
     [
-        (lambda verb, reply: [Reply(reply.node, None, "the node failed: no data")], "node 100: the node failed: no data"),
+        (
+            lambda verb, reply: [Reply(reply.node, None, "the node failed: no data")],
+            "node 100: the node failed: no data",
+        ),
         (lambda verb, reply: [Reply(reply.node, b"garbage")], "node 100: Not a fedrec document"),
         (lambda verb, reply: [], "none is connected"),
     ],

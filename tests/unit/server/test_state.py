@@ -28,7 +28,10 @@ def full_state() -> ServerState:
         counted=3,
         params={"item": random.normal(size=(4, 3)).astype(np.float32), "blocks.0:odd": np.float32([1.5])},
         average={"item": random.normal(size=(4, 3)).astype(np.float32)},
-        memory={"item/step": np.asarray(17.0, np.float32), "item/exp_avg": random.normal(size=(4, 3)).astype(np.float32)},
+        memory={
+            "item/step": np.asarray(17.0, np.float32),
+            "item/exp_avg": random.normal(size=(4, 3)).astype(np.float32),
+        },
         counts={"counts": np.arange(4, dtype=np.float32)},
         parent=2,
         rounds=({"round": 16, "loss": 0.1 + 0.2, "refused": [{"node": "n", "reason": "r"}]},),
