@@ -18,6 +18,8 @@ from fedrec.protocol import wire
 from fedrec.protocol.task import AnyTask, Task
 from fedrec.random import Key
 
+MAX_CLIENTS = 100_000_000
+"""More clients than a node can host; a larger census is a fault or an attack."""
 _SLOTS, _MODEL, _INPUT = "slots", "model/", "input/"
 
 
@@ -129,8 +131,8 @@ class Census(BaseModel):
     """A node's answer: its name, which orders the nodes, and how many of its clients are eligible."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    node: str
-    n_clients: int = Field(ge=0)
+    node: str = Field(max_length=200)
+    n_clients: int = Field(ge=0, le=MAX_CLIENTS)
 
     def to_bytes(self) -> bytes:
         """Return the answer in the wire format."""

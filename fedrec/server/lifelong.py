@@ -12,7 +12,6 @@ from fedrec import params as named
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.slices import TimeSlice
 from fedrec.models.configs import PopularityConfig
-from fedrec.params import Params
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
@@ -21,7 +20,7 @@ from fedrec.server import optimizer
 from fedrec.server.judge import Contender, grown, initial, judge, local_only_contender, popularity_contender
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
-from fedrec.server.round import Recipe, Roster, gather, run_round, take_census
+from fedrec.server.round import Gathered, Recipe, Roster, gather, run_round, take_census
 from fedrec.server.state import ServerState
 
 PRIVACY = {
@@ -105,26 +104,36 @@ def _learn(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
 
 def _begin(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> ServerState:
     """Make room for new items and add the slice's popularity counts."""
-    model = recipe.experiment.model
+    model, began = recipe.experiment.model, recipe.clock()
     params = (
         grown(model, state.released, time_slice.n_items, recipe)
         if state.params
         else initial(model, time_slice.n_items, recipe)
     )
-    counted = _count(state, link, time_slice, recipe, roster)
+    counted = _count(link, time_slice, recipe, roster)
     before = state.counts.get("counts", np.zeros(0, np.float32))
-    total = counted["counts"].copy()
+    total = np.zeros(time_slice.n_items, np.float32)
     total[: len(before)] += before
-    memory = optimizer.grow_memory(state.memory, params)
+    total += counted.sums.get("counts", 0.0)
     return state.advanced(
-        params=params, average={}, memory=memory, counts={"counts": total}, counted=time_slice.index + 1, round=0
+        params=params,
+        average={},
+        memory=optimizer.grow_memory(state.memory, params),
+        counts={"counts": total},
+        counted=time_slice.index + 1,
+        round=0,
+        overhead={
+            "seconds": round(recipe.clock() - began, 4),
+            "bytes_down": counted.bytes_down,
+            "bytes_up": counted.bytes_up,
+        },
     )
 
 
-def _count(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> Params:
+def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> Gathered:
     key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "count")
     shape = {"counts": ((time_slice.n_items,), np.dtype(np.float32))}
-    got = gather(
+    return gather(
         link,
         roster,
         np.arange(roster.n_clients, dtype=np.int64),
@@ -142,7 +151,6 @@ def _count(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
         lambda n: Expectation(shape, n),
         recipe.experiment.training.timeout_seconds,
     )
-    return got.sums or {"counts": np.zeros(time_slice.n_items, np.float32)}
 
 
 def _verdict(
@@ -195,7 +203,8 @@ def _publish(
         "bytes_down": sum(r["bytes_down"] for r in own),
         "bytes_up": sum(r["bytes_up"] for r in own),
         "client_bytes": named.n_bytes(state.released),
-        "judge_seconds": verdict["seconds"],
+        "overhead": {name: spent + verdict[name] for name, spent in state.overhead.items()},
+        "refused": verdict["refused"],
         "epsilon": None,
         "rows": verdict["rows"],
         "differences": verdict["differences"],

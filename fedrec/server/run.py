@@ -16,6 +16,7 @@ from fedrec.config import Experiment, LeaveOneOutSplit
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices
 from fedrec.errors import RunError
+from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build
 from fedrec.protocol.link import Link
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
@@ -89,9 +90,10 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     """Raise what makes the experiment impossible on this data, while nothing is written yet.
 
     Raises:
-        FedrecError: the data cannot be cut as asked, or the model's settings contradict each other.
+        FedrecError: the data cannot be cut as asked, or settings contradict each other.
     """
     cut(experiment, dataset)
+    metric_names(experiment.evaluation.ks)
     build(experiment.model, 1, ServerState.root_key(experiment))
 
 
@@ -145,6 +147,8 @@ def run_experiment(
 
 def describe(state: ServerState, experiment: Experiment, dataset: Dataset, command: str) -> dict[str, Any]:
     """Return everything about a run as one JSON-able document; the HTML report is made from it."""
+    parts = ("seconds", "bytes_down", "bytes_up")
+    spent = {part: sum(r[part] + r["overhead"][part] for r in state.releases) for part in parts}
     return {
         "fedrec": __version__,
         "name": experiment.name,
@@ -169,9 +173,9 @@ def describe(state: ServerState, experiment: Experiment, dataset: Dataset, comma
         "releases": list(state.releases),
         "rounds": list(state.rounds),
         "totals": {
-            "seconds": round(sum(r["seconds"] + r["judge_seconds"] for r in state.releases), 3),
-            "bytes_down": sum(r["bytes_down"] for r in state.releases),
-            "bytes_up": sum(r["bytes_up"] for r in state.releases),
+            "seconds": round(spent["seconds"], 3),
+            "bytes_down": spent["bytes_down"],
+            "bytes_up": spent["bytes_up"],
             "epsilon": None,
             "rounds": len(state.rounds),
         },

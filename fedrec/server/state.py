@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ class ServerState:
         average: moving average of the parameters over the slice's rounds; empty if the experiment wants none.
         memory: the server optimizer's state.
         counts: {"counts": [n_items] float32}, how many people took each item in the slices so far.
+        overhead: what counting and evaluating cost in this slice: "seconds", "bytes_down", "bytes_up".
         parent: version of the last release.
         rounds: a record of every round.
         releases: a record of every release.
@@ -45,6 +47,7 @@ class ServerState:
     average: Params = field(default_factory=dict)
     memory: Params = field(default_factory=dict)
     counts: Params = field(default_factory=dict)
+    overhead: Mapping[str, float] = field(default_factory=dict)
     parent: int | None = None
     rounds: tuple[dict[str, Any], ...] = ()
     releases: tuple[dict[str, Any], ...] = ()

@@ -84,9 +84,7 @@ def padded(batch: Batch, columns: int, garbage: int) -> Batch:
 # Shapes
 
 
-def test_users_scores_and_losses_have_the_shapes_and_dtypes_of_the_contract(
-    model: Recommender, batch: Batch
-) -> None:
+def test_users_scores_and_losses_have_the_shapes_and_dtypes_of_the_contract(model: Recommender, batch: Batch) -> None:
     users = users_of(model)
     assert users.ndim == 2
     assert len(users) == 3

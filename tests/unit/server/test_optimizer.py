@@ -51,8 +51,8 @@ def test_a_step_is_that_of_torch_with_its_memory_carried_through_documents(
         plain.param_groups[0]["lr"] = rate * factor
         plain.step()
         params, memory = step(config, params, carried(memory), delta, factor)
-        for name in SHAPES:
-            assert params[name].shape == SHAPES[name]
+        for name, shape in SHAPES.items():
+            assert params[name].shape == shape
             np.testing.assert_array_equal(params[name], tensors[name].numpy())
 
 

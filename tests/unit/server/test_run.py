@@ -151,9 +151,13 @@ def test_the_engines_and_the_number_of_nodes_give_nearly_the_same_releases(tmp_p
         assert abs(table - tables[0]).max() < 1e-2 * abs(tables[0]).max()
 
 
-def test_a_model_that_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="heads"):
-        simulate(
-            small_experiment(model__heads=3), runs=tmp_path / "runs", registry=tmp_path / "registry", dataset=DATASET
-        )
+@pytest.mark.parametrize(
+    ("changes", "told"), [({"model__heads": 3}, "heads"), ({"evaluation__ks": [5, 5]}, "cut-offs of the metrics")]
+)
+def test_settings_that_contradict_each_other_are_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    experiment = small_experiment(**changes)
+    with pytest.raises(ConfigError, match=told):
+        simulate(experiment, runs=tmp_path / "runs", registry=tmp_path / "registry", dataset=DATASET)
     assert list(tmp_path.iterdir()) == []
