@@ -26,37 +26,45 @@ class Trained:
         rows: [c, r] numbers of the item rows that each client touched; padding is row 0 with a zero difference.
         sparse: name to [c, r, *shape] differences of those rows.
         loss: [c] loss of the first step, before anything was learnt.
+        scale: what `dense` and `sparse` still have to be multiplied by.
     """
 
     dense: Tensors
     rows: Tensor
     sparse: Tensors
     loss: Tensor
+    scale: float = 1.0
 
     def norms(self) -> NDArray[np.float64]:
         """Return [c] L2 norms over all tensors."""
         parts = [*self.dense.values(), *self.sparse.values()]
-        squares = torch.stack([part.flatten(1).square().sum(1, dtype=torch.float64) for part in parts])
-        norms: NDArray[np.float64] = squares.sum(0).sqrt().numpy()
-        return norms
+        norms = torch.stack([torch.linalg.vector_norm(part.flatten(1), dim=1) for part in parts]).double()
+        result: NDArray[np.float64] = (torch.linalg.vector_norm(norms, dim=0) * abs(self.scale)).numpy()
+        return result
 
     def add_to(self, totals: Tensors, factors: NDArray[np.float32]) -> None:
         """Add ``factors @ differences`` to the whole-table `totals`; a client with factor 0 is left out, NaN or not."""
-        keep = torch.from_numpy(np.flatnonzero(factors))
-        weight = torch.from_numpy(factors)[keep]
+        weight = torch.from_numpy(factors * np.float32(self.scale))
+        out = torch.from_numpy(factors == 0)
         for name, part in self.dense.items():
-            totals[name] += torch.tensordot(weight, part[keep], 1)
+            flat = part.flatten(1)
+            if out.any():
+                flat = flat.masked_fill(out[:, None], 0.0)
+            totals[name] += (weight @ flat).view(part.shape[1:])
         for name, part in self.sparse.items():
-            weighted = part[keep] * weight.view(-1, *[1] * (part.dim() - 1))
-            totals[name].index_add_(0, self.rows[keep].flatten(), weighted.flatten(0, 1))
+            each = (-1, *[1] * (part.dim() - 1))
+            weighted = part * weight.view(each)
+            if out.any():
+                weighted = weighted.masked_fill(out.view(each), 0.0)
+            totals[name].index_add_(0, self.rows.flatten(), weighted.flatten(0, 1))
 
     def client_params(self, shared: Tensors, place: int) -> Tensors:
         """Return the whole parameters that one client ended with."""
         own = {name: value.clone() for name, value in shared.items()}
         for name, part in self.dense.items():
-            own[name] += part[place]
+            own[name] += part[place] * self.scale
         for name, part in self.sparse.items():
-            own[name].index_add_(0, self.rows[place], part[place])
+            own[name].index_add_(0, self.rows[place], part[place] * self.scale)
         return own
 
 

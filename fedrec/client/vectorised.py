@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call
 
 from fedrec.client.trainer import Tensors, Trained, step_batches
 from fedrec.data.batches import START, Batch, Cohort
@@ -24,31 +24,38 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
         local: steps and learning rate.
         key: of this round.
     """
-    shared = {name: value.detach() for name, value in model.named_parameters()}
     batches = step_batches(cohort, model, local, key)
     kept = model.local_start(to_torch(batches[0]))
     rows, batches = renumber(batches) if model.gathers else (np.zeros((len(cohort), 0), np.int64), batches)
     touched = torch.from_numpy(rows)
-    start = {n: v[touched] if model.gathers and n in model.row_names else v for n, v in shared.items()}
-
-    def one_client(own: Tensors, mine: Tensors, batch: Batch) -> Tensor:
-        single = Batch(*(part[None] for part in batch))
-        loss: Tensor = functional_call(model, own, (single, {name: value[None] for name, value in mine.items()}))
-        return loss.sum()
-
-    own, loss = start, torch.zeros(0)
-    axes: dict[str, int | None] = {n: 0 if model.gathers and n in model.row_names else None for n in shared}
+    sparse = model.row_names if model.gathers else frozenset()
+    # In the first step all clients hold the same numbers: views, of which only the gradients are apart.
+    start = {
+        name: value.detach()[touched] if name in sparse else value.detach().expand(len(cohort), *value.shape)
+        for name, value in model.named_parameters()
+    }
+    own, loss, moved = start, torch.zeros(0), start
     for step, batch in enumerate(batches):
-        in_dims = (axes, 0, 0)
-        learn = vmap(grad_and_value(one_client, argnums=(0, 1)), in_dims=in_dims)
-        (gradients, local_gradients), losses = learn(own, kept, to_torch(batch))
-        own = {name: value - local.learning_rate * gradients[name] for name, value in own.items()}
-        kept = {name: value - local.learning_rate * local_gradients[name] for name, value in kept.items()}
-        axes = dict.fromkeys(shared, 0)
-        loss = losses if step == 0 else loss
-    deltas = {name: own[name] - start[name] for name in shared}
-    sparse = {name: deltas.pop(name) for name in model.row_names if model.gathers}
-    return Trained(deltas, touched, sparse, loss)
+        held = {name: value.detach().requires_grad_() for name, value in own.items()}
+        mine = {name: value.detach().requires_grad_() for name, value in kept.items()}
+        losses = functional_call(model, held, (to_torch(batch), mine))
+        moved = _gradients(losses, held, mine)
+        loss = losses.detach() if step == 0 else loss
+        if local.steps > 1:
+            rate = local.learning_rate
+            own = {name: torch.add(value, moved[name], alpha=-rate) for name, value in own.items()}
+            kept = {name: torch.add(value, moved["local:" + name], alpha=-rate) for name, value in kept.items()}
+    if local.steps == 1:
+        deltas, scale = {name: moved[name] for name in start}, -local.learning_rate
+    else:
+        deltas, scale = {name: own[name].sub_(start[name]) for name in start}, 1.0
+    return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, loss, scale)
+
+
+def _gradients(losses: Tensor, held: Tensors, mine: Tensors) -> Tensors:
+    """Return every client's gradient of its own loss, by name; those of local tensors as ``local:name``."""
+    tensors = {**held, **{"local:" + name: value for name, value in mine.items()}}
+    return dict(zip(tensors, torch.autograd.grad(losses.sum(), list(tensors.values()), materialize_grads=True), strict=True))
 
 
 def renumber(batches: list[Batch]) -> tuple[NDArray[np.int64], list[Batch]]:

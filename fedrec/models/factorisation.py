@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedrec.data.batches import Batch, BatchSpec
 from fedrec.models.configs import FactorisationConfig
-from fedrec.models.layers import normal_rows
+from fedrec.models.layers import normal_rows, rows
 from fedrec.models.losses import masked_mean
 from fedrec.models.recommender import Recommender, copy_grown
 from fedrec.random import Key
@@ -54,7 +54,7 @@ class Factorisation(Recommender):
         """Return ``u . v_i``."""
         if items is None:
             return users @ self.item.T
-        return torch.einsum("bd,bkd->bk", users, F.embedding(items, self.item))
+        return torch.einsum("bd,bkd->bk", users, rows(self.item, items))
 
     def local_start(self, batch: Batch) -> dict[str, Tensor]:
         """Return the solved user vectors."""

@@ -1,13 +1,20 @@
-"""Small parts that several models share: initial values from a key, and dropout that is a function of a seed."""
+"""Small parts that several models share: initial values from a key, seeded dropout, and layers with own parameters.
+
+The layers take a parameter as it stands in the model, or with a leading axis of b people: person i then uses its own.
+That is how a cohort trains at once. Where the leading axis is an expanded view (stride 0), all people use the same
+numbers and only the gradients are kept apart: the forward pass costs what it costs without the axis.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
 
 from fedrec.random import Key
 
@@ -64,3 +71,98 @@ def _scramble(h: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
     h = (h ^ (h >> 16)) * 2146121005
     h = (h ^ (h >> 15)) * -2073254261
     return h ^ (h >> 16)
+
+
+def linear(
+    x: Float[Tensor, "b l i"], weight: Float[Tensor, "*own o i"], bias: Float[Tensor, "*own o"]
+) -> Float[Tensor, "b l o"]:
+    """Return ``x W^T + b`` with one W for all people, or one for each."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    if weight.stride(0) == 0:
+        shared: Tensor = _SharedLinear.apply(x, weight, bias)
+        return shared
+    return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+
+def layer_norm(
+    x: Float[Tensor, "b l d"], weight: Float[Tensor, "*own d"], bias: Float[Tensor, "*own d"]
+) -> Float[Tensor, "b l d"]:
+    """Return x, normalised over its last axis, times weight plus bias."""
+    if weight.dim() == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias)
+    if weight.stride(0) == 0:
+        shared: Tensor = _SharedNorm.apply(x, weight, bias)
+        return shared
+    return torch.addcmul(bias[:, None], F.layer_norm(x, x.shape[-1:]), weight[:, None])
+
+
+def rows(table: Float[Tensor, "*own n d"], numbers: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """Return the rows of a table, or of each person's own table."""
+    if table.dim() == 2:
+        return F.embedding(numbers, table)
+    b, n, d = table.shape
+    first = torch.arange(0, b * n, n)
+    return F.embedding(numbers + first[:, None], table.reshape(b * n, d))
+
+
+class Linear(nn.Module):
+    """`linear` as a module, with Xavier weights of a key."""
+
+    def __init__(self, n_in: int, n_out: int, key: Key) -> None:
+        """Draw the weight from `key`; the bias is 0."""
+        super().__init__()
+        self.weight = nn.Parameter(normal(key, (n_out, n_in), (2.0 / (n_in + n_out)) ** 0.5))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Float[Tensor, "b l i"]) -> Float[Tensor, "b l o"]:
+        """Apply it."""
+        return linear(x, self.weight, self.bias)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` as a module, at first without effect on the normalised values."""
+
+    def __init__(self, dim: int) -> None:
+        """Start with weight 1 and bias 0."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
+        """Apply it."""
+        return layer_norm(x, self.weight, self.bias)
+
+
+class _SharedLinear(torch.autograd.Function):
+    """A linear layer whose weights are the same for all people and whose gradients are not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight[0], bias[0])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (out,) = gradients
+        x, weight = ctx.saved_tensors
+        return out @ weight[0], out.transpose(1, 2) @ x, out.sum(1)
+
+
+class _SharedNorm(torch.autograd.Function):
+    """A layer norm whose weights are the same for all people and whose gradients are not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y, mean, scale = torch.native_layer_norm(x, x.shape[-1:], weight[0], bias[0], 1e-5)
+        ctx.save_for_backward(x, weight, mean, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (out,) = gradients
+        x, weight, mean, scale = ctx.saved_tensors
+        dx = torch.ops.aten.native_layer_norm_backward(
+            out, x, x.shape[-1:], mean, scale, weight[0], None, [True, False, False]
+        )[0]
+        return dx, (out * ((x - mean) * scale)).sum(1), out.sum(1)

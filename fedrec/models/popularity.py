@@ -44,7 +44,8 @@ class Popularity(Recommender):
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return ``-log((c_t + 1) / sum_j (c_j + 1))``, averaged over each person's targets."""
         smoothed = torch.log(self.counts.clamp(min=0) + 1.0)
-        return masked_mean(torch.logsumexp(smoothed, 0) - smoothed[batch.targets], batch.target_mask)
+        wanted = smoothed.expand(len(batch.targets), -1).gather(1, batch.targets)
+        return masked_mean(torch.logsumexp(smoothed, -1)[..., None] - wanted, batch.target_mask)
 
     def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a copy with zero counts for the new items."""

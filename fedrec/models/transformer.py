@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedrec.data.batches import START, Batch, BatchSpec
 from fedrec.errors import ConfigError
 from fedrec.models.configs import SampledSoftmax, TransformerConfig
-from fedrec.models.layers import normal, normal_rows, seeded_dropout
+from fedrec.models.layers import LayerNorm, Linear, normal, normal_rows, rows, seeded_dropout
 from fedrec.models.losses import lookahead, sampled_softmax
 from fedrec.models.recommender import Recommender, copy_grown
 from fedrec.random import Key
@@ -33,38 +33,38 @@ class Block(nn.Module):
         super().__init__()
         d = config.dim
         self.heads, self.dropout, self.site = config.heads, config.dropout, 4 * index + 1
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.norm1, self.norm2 = LayerNorm(d), LayerNorm(d)
         self.recency = nn.Parameter(torch.zeros(config.heads, config.length))
-        self.query_key_value = _linear(d, 3 * d, key.child("qkv"))
-        self.project = _linear(d, d, key.child("project"))
-        self.widen = _linear(d, config.expand * d, key.child("widen"))
-        self.narrow = _linear(config.expand * d, d, key.child("narrow"))
+        self.query_key_value = Linear(d, 3 * d, key.child("qkv"))
+        self.project = Linear(d, d, key.child("project"))
+        self.widen = Linear(d, config.expand * d, key.child("widen"))
+        self.narrow = Linear(config.expand * d, d, key.child("narrow"))
 
-    def forward(
-        self,
-        x: Float[Tensor, "b l d"],
-        distance: Int[Tensor, "l l"],
-        later: Bool[Tensor, "l l"],
-        seeds: Int[Tensor, " b"] | None,
-    ) -> Float[Tensor, "b l d"]:
-        """Apply the block; a position sees itself and those `distance` before it, not those `later`."""
+    def forward(self, x: Float[Tensor, "b l d"], seeds: Int[Tensor, " b"] | None) -> Float[Tensor, "b l d"]:
+        """Apply the block; a position sees itself and those before it."""
         b, n, d = x.shape
         qkv = self.query_key_value(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [b heads l d/heads]
-        logits = q @ k.transpose(-1, -2) * (d // self.heads) ** -0.5 + self.recency[:, distance]
-        weights = seeded_dropout(logits.masked_fill(later, float("-inf")).softmax(-1), self.dropout, seeds, self.site)
+        logits = (q * (d // self.heads) ** -0.5) @ k.transpose(-1, -2) + by_distance(self.recency[..., :n])
+        weights = seeded_dropout(logits.softmax(-1), self.dropout, seeds, self.site)
         attended = (weights @ v).transpose(1, 2).reshape(b, n, d)
         x = x + seeded_dropout(self.project(attended), self.dropout, seeds, self.site + 1)
         inner = F.gelu(self.widen(self.norm2(x)))
         return x + seeded_dropout(self.narrow(inner), self.dropout, seeds, self.site + 2)
 
 
-def _linear(n_in: int, n_out: int, key: Key) -> nn.Linear:
-    layer = nn.Linear(n_in, n_out)
-    with torch.no_grad():
-        layer.weight.copy_(normal(key, (n_out, n_in), (2.0 / (n_in + n_out)) ** 0.5))
-        layer.bias.zero_()
-    return layer
+def by_distance(values: Float[Tensor, "*h n"]) -> Float[Tensor, "*h n n"]:
+    """Return M with ``M_ij = values_(i - j)``, and minus infinity where j is later than i.
+
+    A row of 2n numbers, repeated and cut into rows of 2n - 1, moves by one place from row to row: a copy, no look-up, and
+    a gradient that is a sum.
+    """
+    n = values.shape[-1]
+    later = torch.full_like(values, float("-inf"))
+    row = torch.cat([values[..., :1], later, values[..., 1:].flip(-1)], -1)
+    lead = row.shape[:-1]
+    tiled = row[..., None, :].expand(*lead, n, 2 * n).reshape(*lead, 2 * n * n)
+    return tiled[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., :n]
 
 
 class Transformer(Recommender):
@@ -99,18 +99,16 @@ class Transformer(Recommender):
         self.start = nn.Parameter(normal(key.child("start"), (config.dim,), INITIAL))
         self.position = nn.Parameter(normal(key.child("position"), (config.length, config.dim), INITIAL))
         self.blocks = nn.ModuleList(Block(config, i, key.child("block", i)) for i in range(config.blocks))
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = LayerNorm(config.dim)
 
     def hidden(self, items: Int[Tensor, "b l"], seeds: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b l d"]:
         """Return the state after each input; `seeds` turns dropout on."""
         n = items.shape[1]
-        x = F.embedding(items.clamp(min=0), self.item)
-        x = torch.where((items == START)[..., None], self.start, x) * self.config.dim**0.5 + self.position[:n]
-        x = seeded_dropout(x, self.config.dropout, seeds, 0)
-        place = torch.arange(n)
-        distance = (place[:, None] - place).clamp(min=0)
+        x = rows(self.item, items.clamp(min=0))
+        x = torch.where((items == START)[..., None], self.start[..., None, :], x) * self.config.dim**0.5
+        x = seeded_dropout(x + self.position[..., :n, :], self.config.dropout, seeds, 0)
         for block in self.blocks:
-            x = block(x, distance, place > place[:, None], seeds)
+            x = block(x, seeds)
         out: Tensor = self.norm(x)
         return out
 
@@ -125,22 +123,22 @@ class Transformer(Recommender):
         """Return ``h_u . v_i``."""
         if items is None:
             return users @ self.item.T
-        return torch.einsum("bd,bkd->bk", users, F.embedding(items, self.item))
+        return torch.einsum("bd,bkd->bk", users, rows(self.item, items))
 
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the mean softmax loss over each person's targets, with dropout seeded by the batch."""
         states = self.hidden(batch.inputs, batch.seeds)  # [b t d]
         n, c = states.shape[1], self.config
-        targets = F.embedding(batch.targets, self.item)
+        targets = rows(self.item, batch.targets)
         # The target after next, and so on: shifted products, zero past the end.
         shifts = range(min(c.horizon, n))
         logits = torch.stack([F.pad((states[:, : n - j] * targets[:, j:]).sum(-1), (0, j)) for j in shifts], -1)
         there = torch.stack([F.pad(batch.input_mask[:, j:], (0, j)) for j in shifts], -1)  # [b t h]
         if self.gathers:
-            negative = states @ F.embedding(batch.negatives, self.item).transpose(-1, -2)
+            negative = states @ rows(self.item, batch.negatives).transpose(-1, -2)
             stands_for = max(self.n_items - 1, 1) / batch.negatives.shape[-1]
         else:
-            negative, stands_for = states @ self.item.T, 1.0
+            negative, stands_for = states @ self.item.transpose(-1, -2), 1.0
         had = batch.negative_since[:, None] <= torch.arange(n)[:, None]  # [b t n]
         is_target = batch.targets[..., None] == batch.negatives[:, None]
         wanted = lookahead(logits, there, c.horizon_decay)
