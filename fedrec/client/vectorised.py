@@ -55,7 +55,8 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
 def _gradients(losses: Tensor, held: Tensors, mine: Tensors) -> Tensors:
     """Return every client's gradient of its own loss, by name; those of local tensors as ``local:name``."""
     tensors = {**held, **{"local:" + name: value for name, value in mine.items()}}
-    return dict(zip(tensors, torch.autograd.grad(losses.sum(), list(tensors.values()), materialize_grads=True), strict=True))
+    gradients = torch.autograd.grad(losses.sum(), list(tensors.values()), materialize_grads=True)
+    return dict(zip(tensors, gradients, strict=True))
 
 
 def renumber(batches: list[Batch]) -> tuple[NDArray[np.int64], list[Batch]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 import torch.nn.functional as F  # noqa: N812
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fedrec.random import Key
@@ -80,7 +80,7 @@ def linear(
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
     if weight.stride(0) == 0:
-        shared: Tensor = _SharedLinear.apply(x, weight, bias)
+        shared: Tensor = _SharedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return shared
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
@@ -92,7 +92,7 @@ def layer_norm(
     if weight.dim() == 1:
         return F.layer_norm(x, x.shape[-1:], weight, bias)
     if weight.stride(0) == 0:
-        shared: Tensor = _SharedNorm.apply(x, weight, bias)
+        shared: Tensor = _SharedNorm.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return shared
     return torch.addcmul(bias[:, None], F.layer_norm(x, x.shape[-1:]), weight[:, None])
 

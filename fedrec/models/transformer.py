@@ -56,8 +56,8 @@ class Block(nn.Module):
 def by_distance(values: Float[Tensor, "*h n"]) -> Float[Tensor, "*h n n"]:
     """Return M with ``M_ij = values_(i - j)``, and minus infinity where j is later than i.
 
-    A row of 2n numbers, repeated and cut into rows of 2n - 1, moves by one place from row to row: a copy, no look-up, and
-    a gradient that is a sum.
+    A row of 2n numbers, repeated and cut into rows of 2n - 1, moves by one place from row to row: a copy, no look-up,
+    with a gradient that is a sum.
     """
     n = values.shape[-1]
     later = torch.full_like(values, float("-inf"))
