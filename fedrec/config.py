@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedrec.errors import ConfigError, nearest
 from fedrec.models.configs import TrainedConfig
+from fedrec.protocol.codec import Codec, Float, Plain
 from fedrec.protocol.task import LocalTraining
 
 
@@ -113,6 +114,10 @@ class TrainingConfig(_Settings):
     """The first slice."""
     later: StageConfig = StageConfig(rounds=50, final=0.1)
     """Every later slice."""
+    codec: Codec = Plain()
+    """How nodes write the sums of their clients' updates."""
+    download: Float = "float32"
+    """How the shared parameters travel to nodes in a round of training; "float16" or "bfloat16" halve it."""
     timeout_seconds: float | None = Field(default=None, gt=0)
     """How long a round waits for its nodes; None: until they answer."""
 
@@ -147,6 +152,8 @@ class RuntimeConfig(_Settings):
     """How many nodes host the clients in a simulation."""
     engine: Literal["batched", "each"] = "batched"
     """Train clients in blocks, or one after the other."""
+    workers: int = Field(default=1, ge=1)
+    """How many processes compute each node's clients."""
     threads: int = Field(default=1, ge=1)
     """torch threads of each process."""
     checkpoint_every: int = Field(default=10, ge=1)

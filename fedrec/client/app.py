@@ -29,7 +29,8 @@ def client_app(pool_for: Callable[[Context], ClientPool]) -> ClientApp:
 
     @made.train("run")
     def run(message: Message, context: Context) -> Message:
-        return _reply(message, pool_for(context).run(RoundPlan.from_bytes(_document(message))).to_bytes())
+        plan, pool = RoundPlan.from_bytes(_document(message)), pool_for(context)
+        return _reply(message, pool.run(plan).to_bytes(plan.coding, pool.name))
 
     return made
 

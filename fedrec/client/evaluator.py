@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedrec.client.vectorised import train_batched
 from fedrec.data.batches import Cohort, histories
 from fedrec.data.catalog import ItemCatalog
-from fedrec.data.slices import LastWindow, TimeWindow, resolve
+from fedrec.data.slices import resolve
 from fedrec.errors import ProtocolError
 from fedrec.evaluation.intervals import contributions, poisson_weights
 from fedrec.evaluation.metrics import average_people, evaluate_people
@@ -98,7 +98,7 @@ def _own_scores(
 ) -> NDArray[np.float32]:
     """Return the scores of models that each person trained alone, on their own interactions in the fit's window."""
     shared = {name: value.detach().clone() for name, value in model.named_parameters()}
-    low, high = resolve_of(people, fit.window)
+    low, high = resolve(people.log, fit.window, people.users)
     training = replace(people, low=low, high=high)
     scores = _scores(model, asked)  # somebody without anything to train on keeps the model as it came
     able = np.flatnonzero(high > low)
@@ -111,9 +111,3 @@ def _own_scores(
             scores[rows] = _scores(model, asked.take(rows))
         set_params(model, {name: value.numpy() for name, value in shared.items()})
     return scores
-
-
-def resolve_of(cohort: Cohort, window: TimeWindow | LastWindow) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the window's range of places in the history of each client of the cohort."""
-    low, high = resolve(cohort.log, window)
-    return low[cohort.users], high[cohort.users]

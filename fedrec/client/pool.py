@@ -18,6 +18,10 @@ from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CountTask, EvaluateTask, FitTask
 
 Engine = Literal["batched", "each"]
+KEPT_WINDOWS = 3
+"""For so many windows a pool remembers who is eligible: 32 bytes a person each. A slice has two, train and test."""
+COUNTED_AT_ONCE = 8_192
+"""People whose items are counted in one computation; everybody at once would hold the whole log several times."""
 
 
 class ClientPool(Protocol):
@@ -56,9 +60,9 @@ class LogPool:
         name: str = "node 0",
         ids: NDArray[np.int64] | None = None,
         engine: Engine = "batched",
-        block: int = 64,
+        block: int | None = None,
     ) -> None:
-        """Host everybody in `log`; `block` is how many clients the batched engine computes at once."""
+        """Host everybody in `log`; `block` clients are computed at once, as many as suit the cache if not given."""
         self.name = name
         self.log = log
         self.catalog = catalog
@@ -66,6 +70,7 @@ class LogPool:
         self.engine: Engine = engine
         self.block = block
         self._catalog_digest = catalog.digest()
+        self._windows: dict[TimeWindow | LastWindow, Cohort] = {}
 
     @classmethod
     def partition(
@@ -73,7 +78,8 @@ class LogPool:
     ) -> LogPool:
         """Host every `n_partitions`-th person of the log, starting with number `index`."""
         users = np.arange(index, log.n_users, n_partitions, dtype=np.int64)
-        return cls(log.take_users(users), catalog, name=f"partition {index:06d}", ids=users, engine=engine)
+        own = log if n_partitions == 1 else log.take_users(users)  # a log of everybody is used as it is, mapped or not
+        return cls(own, catalog, name=f"partition {index:06d}", ids=users, engine=engine)
 
     def census(self, window: TimeWindow | LastWindow, catalog_digest: str) -> int:
         """Return how many clients have an interaction in the window.
@@ -106,6 +112,10 @@ class LogPool:
             return count(plan.task, chosen, plan.n_items)
         return self._evaluate(plan, plan.task, chosen)
 
+    def by_length(self, plan: RoundPlan) -> NDArray[np.int64]:
+        """Return the plan's slots in the order of how long the clients' histories are, shortest first."""
+        return plan.slots[np.argsort(self._eligible(plan.task.window).high[plan.slots], kind="stable")]
+
     def _check_catalog(self, digest: str) -> None:
         if digest != self._catalog_digest:
             raise ProtocolError(
@@ -114,14 +124,21 @@ class LogPool:
             )
 
     def _eligible(self, window: TimeWindow | LastWindow) -> Cohort:
-        low, high = resolve(self.log, window)
-        users = np.flatnonzero(high > low)
-        return Cohort(self.log, users, self.ids[users], low[users], high[users])
+        """Return who has an interaction in the window; kept for the windows that were asked for last."""
+        cohort = self._windows.pop(window, None)
+        if cohort is None:
+            low, high = resolve(self.log, window)
+            users = np.flatnonzero(high > low)
+            cohort = Cohort(self.log, users, self.ids[users], low[users], high[users])
+        self._windows[window] = cohort
+        if len(self._windows) > KEPT_WINDOWS:
+            del self._windows[next(iter(self._windows))]
+        return cohort
 
     def _fit(self, plan: RoundPlan, task: FitTask, cohort: Cohort) -> Tally:
         import torch
 
-        from fedrec.client.trainer import train_each
+        from fedrec.client.trainer import cache_block, train_each
         from fedrec.client.vectorised import train_batched
         from fedrec.models.build import restore
 
@@ -129,7 +146,7 @@ class LogPool:
         train = train_batched if self.engine == "batched" else train_each
         totals = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
         n_clients, loss, n_clipped = 0, 0.0, 0
-        for part in _by_length(cohort, self.block):
+        for part in _by_length(cohort, self.block or cache_block(model, task.local.steps)):
             trained = train(model, part, task.local, plan.key)
             factors = clip_factors(trained.norms(), task.local.clip_norm)
             trained.add_to(totals, factors)
@@ -152,18 +169,24 @@ def count(task: CountTask, cohort: Cohort, n_items: int) -> Tally:
     Raises:
         ProtocolError: somebody took an item that is not among the `n_items`.
     """
-    width = cohort.high - cohort.low
-    person = np.repeat(np.arange(len(cohort)), width)
-    first = np.concatenate(([0], np.cumsum(width)[:-1]))
-    place = np.arange(int(width.sum())) - np.repeat(first, width) + np.repeat(cohort.low, width)
-    items = cohort.log.item[cohort.log.offsets[cohort.users][person] + place].astype(np.int64)
-    if items.max(initial=0) >= n_items:
-        raise ProtocolError(f"The window holds item {items.max()}, but the plan knows {n_items} items; ask for all.")
-    taken = np.unique(person * n_items + items)  # each person counts an item once
-    person, items = taken // n_items, taken % n_items
-    factors = clip_factors(np.sqrt(np.bincount(person, minlength=len(cohort))), task.clip_norm)
-    sums = np.bincount(items, weights=factors[person], minlength=n_items).astype(np.float32)
-    return Tally({"counts": sums}, len(cohort), {"clipped": float((factors < 1).sum())})
+    sums, n_clipped = np.zeros(n_items), 0
+    for start in range(0, len(cohort), COUNTED_AT_ONCE):
+        part = cohort.take(slice(start, start + COUNTED_AT_ONCE))
+        width = part.high - part.low
+        person = np.repeat(np.arange(len(part)), width)
+        first = part.log.offsets[part.users] + part.low - (np.cumsum(width) - width)
+        items = part.log.item[np.arange(len(person)) + first[person]].astype(np.int64)
+        if items.max(initial=0) >= n_items:
+            raise ProtocolError(
+                f"The window holds item {items.max()}, but the plan knows {n_items} items; ask for all."
+            )
+        taken = np.sort(person * n_items + items)
+        taken = taken[np.diff(taken, prepend=-1) > 0]  # each person counts an item once
+        person, items = taken // n_items, taken % n_items
+        factors = clip_factors(np.sqrt(np.bincount(person, minlength=len(part))), task.clip_norm)
+        sums += np.bincount(items, weights=factors[person], minlength=n_items)
+        n_clipped += int((factors < 1).sum())
+    return Tally({"counts": sums.astype(np.float32)}, len(cohort), {"clipped": float(n_clipped)})
 
 
 def _by_length(cohort: Cohort, block: int) -> list[Cohort]:

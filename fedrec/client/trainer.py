@@ -15,6 +15,8 @@ from fedrec.protocol.task import LocalTraining
 from fedrec.random import Key
 
 Tensors = dict[str, Tensor]
+CACHE_BYTES = 10 << 20
+"""What the clients of a block may hold of the model together; measured, see docs/performance.md."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,17 @@ class Trained:
         for name, part in self.sparse.items():
             own[name].index_add_(0, self.rows[place], part[place] * self.scale)
         return own
+
+
+def cache_block(model: Recommender, steps: int) -> int:
+    """Return how many clients to compute at once, so that what they hold of the model stays near the cache."""
+    named = dict(model.named_parameters())
+    sparse = model.row_names if model.gathers else frozenset()
+    spec = model.spec
+    each = spec.targets if spec.kind == "pairs" else spec.length + 1
+    touched = min(model.n_items, steps * (each + (spec.negatives or 0)))
+    held = sum(p.numel() // (len(p) if n in sparse else 1) * (touched if n in sparse else 1) for n, p in named.items())
+    return int(min(max(CACHE_BYTES // (4 * held), 8), 512))
 
 
 def step_batches(cohort: Cohort, model: Recommender, local: LocalTraining, key: Key) -> list[Batch]:

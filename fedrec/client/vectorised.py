@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
-from fedrec.client.trainer import Tensors, Trained, step_batches
+from fedrec.client.trainer import Trained, step_batches
 from fedrec.data.batches import START, Batch, Cohort
 from fedrec.models.recommender import Recommender, to_torch
 from fedrec.protocol.task import LocalTraining
@@ -26,7 +26,11 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
     """
     batches = step_batches(cohort, model, local, key)
     kept = model.local_start(to_torch(batches[0]))
-    rows, batches = renumber(batches) if model.gathers else (np.zeros((len(cohort), 0), np.int64), batches)
+    rows, batches = (
+        renumber(batches, inputs=model.spec.kind == "causal")
+        if model.gathers
+        else (np.zeros((len(cohort), 0), np.int64), batches)
+    )
     touched = torch.from_numpy(rows)
     sparse = model.row_names if model.gathers else frozenset()
     # In the first step all clients hold the same numbers: views, of which only the gradients are apart.
@@ -34,52 +38,84 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
         name: value.detach()[touched] if name in sparse else value.detach().expand(len(cohort), *value.shape)
         for name, value in model.named_parameters()
     }
-    own, loss, moved = start, torch.zeros(0), start
+    own, loss, rate = start, torch.zeros(0), local.learning_rate
     for step, batch in enumerate(batches):
         held = {name: value.detach().requires_grad_() for name, value in own.items()}
         mine = {name: value.detach().requires_grad_() for name, value in kept.items()}
         losses = functional_call(model, held, (to_torch(batch), mine))
-        moved = _gradients(losses, held, mine)
         loss = losses.detach() if step == 0 else loss
-        if local.steps > 1:
-            rate = local.learning_rate
-            own = {name: torch.add(value, moved[name], alpha=-rate) for name, value in own.items()}
-            kept = {name: torch.add(value, moved["local:" + name], alpha=-rate) for name, value in kept.items()}
-    if local.steps == 1:
-        deltas, scale = {name: moved[name] for name in start}, -local.learning_rate
-    else:
-        deltas, scale = {name: own[name].sub_(start[name]) for name in start}, 1.0
-    return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, loss, scale)
+        tensors = [*held.values(), *mine.values()]
+        gradients = torch.autograd.grad(losses.sum(), tensors, materialize_grads=True)
+        moved = dict(zip(held, gradients, strict=False))
+        if local.steps == 1:  # the difference is the gradient, up to a factor
+            deltas = {
+                name: _added(torch.zeros_like(start[name]), g, 1.0) if g.is_sparse else g for name, g in moved.items()
+            }
+            return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, loss, -rate)
+        own = {name: _moved(value, moved[name], -rate, step == 0) for name, value in own.items()}
+        local_gradients = zip(kept.items(), gradients[len(held) :], strict=True)
+        kept = {name: torch.add(value, gradient, alpha=-rate) for (name, value), gradient in local_gradients}
+    deltas = {name: own[name].sub_(start[name]) for name in start}
+    return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, loss)
 
 
-def _gradients(losses: Tensor, held: Tensors, mine: Tensors) -> Tensors:
-    """Return every client's gradient of its own loss, by name; those of local tensors as ``local:name``."""
-    tensors = {**held, **{"local:" + name: value for name, value in mine.items()}}
-    gradients = torch.autograd.grad(losses.sum(), list(tensors.values()), materialize_grads=True)
-    return dict(zip(tensors, gradients, strict=True))
+def _moved(value: Tensor, gradient: Tensor, rate: float, copy: bool) -> Tensor:
+    """Return ``value + rate * gradient``, in place unless a copy is asked for."""
+    if gradient.is_sparse:
+        return _added(value.clone() if copy else value, gradient, rate)
+    return torch.add(value, gradient, alpha=rate) if copy else value.add_(gradient, alpha=rate)
 
 
-def renumber(batches: list[Batch]) -> tuple[NDArray[np.int64], list[Batch]]:
+def _added(table: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """Add `rate` times a sparse gradient over (client, row) to tables [c, r, d], in place."""
+    client, row = gradient._indices()
+    table.flatten(0, 1).index_add_(0, client * table.shape[1] + row, gradient._values(), alpha=rate)
+    return table
+
+
+def renumber(batches: list[Batch], inputs: bool = True) -> tuple[NDArray[np.int64], list[Batch]]:
     """Return the item rows that each client touches in all steps, and the batches in terms of those rows.
+
+    Args:
+        batches: one for each step.
+        inputs: whether training reads the rows of the inputs; if not, they are left as they are.
 
     Returns:
         rows: [c, r] sorted item numbers of each client, padded with 0.
         batches: as given, with item number ``rows[client, j]`` written as j; `START` stays.
     """
-    parts = [part for batch in batches for part in (batch.inputs, batch.targets, batch.negatives)]
+    names = ("inputs", "targets", "negatives") if inputs else ("targets", "negatives")
+    parts = [getattr(batch, name) for batch in batches for name in names]
     numbers = np.maximum(np.concatenate(parts, axis=1), 0)
+    largest = int(numbers.max(initial=0))
+    ranks = _ranks_by_marking if largest < DENSE * numbers.shape[1] else _ranks_by_sorting
+    local = ranks(numbers, largest)
+    rows = np.zeros((len(numbers), int(local.max(initial=0)) + 1), np.int64)
+    np.put_along_axis(rows, local, numbers, axis=1)
+    pieces = iter(np.split(local, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1))
+    renamed = [batch._replace(**{name: next(pieces) for name in names}) for batch in batches]
+    kept = [np.where(old.inputs == START, START, new.inputs) for old, new in zip(batches, renamed, strict=True)]
+    return rows, [batch._replace(inputs=numbers) for batch, numbers in zip(renamed, kept, strict=True)]
+
+
+DENSE = 16
+"""Up to so many items for each number of a client, marking a table is faster than sorting."""
+
+
+def _ranks_by_marking(numbers: NDArray[np.int64], largest: int) -> NDArray[np.int64]:
+    """Return each number's rank among the different numbers of its row, through a table of [c, largest + 1] marks."""
+    marks = np.zeros((len(numbers), largest + 1), np.int32)
+    np.put_along_axis(marks, numbers, 1, axis=1)
+    order = np.cumsum(marks, axis=1, dtype=np.int32)
+    return np.take_along_axis(order, numbers, axis=1).astype(np.int64) - 1
+
+
+def _ranks_by_sorting(numbers: NDArray[np.int64], largest: int) -> NDArray[np.int64]:
+    """Return the same without a table; `largest` does not matter."""
     order = np.argsort(numbers, axis=1, kind="stable")
     ordered = np.take_along_axis(numbers, order, axis=1)
-    rank = np.zeros_like(ordered)
-    rank[:, 1:] = np.cumsum(ordered[:, 1:] != ordered[:, :-1], axis=1)
-    rows = np.zeros((len(numbers), int(rank[:, -1].max()) + 1), np.int64)
-    np.put_along_axis(rows, rank, ordered, axis=1)
-    local = np.empty_like(rank)
-    np.put_along_axis(local, order, rank, axis=1)
-    pieces = iter(np.split(local, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1))
-    return rows, [
-        batch._replace(
-            inputs=np.where(batch.inputs == START, START, next(pieces)), targets=next(pieces), negatives=next(pieces)
-        )
-        for batch in batches
-    ]
+    changes = np.zeros(ordered.shape, np.int64)
+    changes[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    ranks = np.empty(ordered.shape, np.int64)
+    np.put_along_axis(ranks, order, np.cumsum(changes, axis=1), axis=1)
+    return ranks

@@ -1,4 +1,4 @@
-"""`fedrec data`: list, fetch, describe and import data sets."""
+"""`fedrec data`: list, fetch, describe, import and make up data sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from fedrec.data.cleaning import Dataset
 
-app = typer.Typer(name="data", help="List, fetch, describe and import data sets.", no_args_is_help=True)
+app = typer.Typer(name="data", help="List, fetch, describe, import and make up data sets.", no_args_is_help=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; notes go to stderr.")]
 Cache = Annotated[
@@ -145,6 +145,35 @@ def import_file(
     )
     dataset.save(out)
     _print_result({**_identity(dataset, out), "cleaning": report.to_dict()}, as_json)
+
+
+@app.command("synthesise")
+def synthesise(
+    users: Annotated[int, typer.Option(min=1, help="How many people.")],
+    items: Annotated[int, typer.Option(min=1, help="How many items.")],
+    out: Annotated[Path, typer.Option(help="New or empty folder for the data set.")],
+    seed: Annotated[int, typer.Option(help="Root of all randomness.")] = 1,
+    mean_length: Annotated[float, typer.Option(min=1, help="Mean number of interactions of a person.")] = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Make up a population: long-tail items, tastes that drift, people and items that arrive over time."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fedrec.data.population import write_population
+    from fedrec.random import Key
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("people", total=users)
+        dataset = write_population(
+            out,
+            users,
+            items,
+            Key.from_seed(seed),
+            mean_length=mean_length,
+            observe=lambda written: bar.update(task, completed=written),
+        )
+    _print_result(_identity(dataset, out), as_json)
 
 
 def _identity(dataset: Dataset, folder: Path) -> dict[str, Any]:

@@ -45,18 +45,41 @@ class LastWindow(BaseModel):
 Window = Annotated[TimeWindow | LastWindow, Field(discriminator="kind")]
 
 
-def resolve(log: InteractionLog, window: TimeWindow | LastWindow) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return ``(low, high)``, [n_users] each: the range of places that the window covers in each user's history."""
+def resolve(
+    log: InteractionLog, window: TimeWindow | LastWindow, users: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ``(low, high)``: the range of places that the window covers in each user's history.
+
+    Args:
+        log: the histories.
+        window: which part of each.
+        users: [c] user numbers; everybody if not given.
+
+    Returns:
+        [c] places before the first interaction in the window, and [c] places after the last one.
+    """
+    start, end = (log.offsets[:-1], log.offsets[1:]) if users is None else (log.offsets[users], log.offsets[users + 1])
+    start, end = np.asarray(start), np.asarray(end)
     if isinstance(window, TimeWindow):
-        return _n_before(log, window.start), _n_before(log, window.end)
-    high = np.maximum(log.counts - window.skip, 0)
+        return _first_since(log, start, end, window.start) - start, _first_since(log, start, end, window.end) - start
+    high = np.maximum(end - start - window.skip, 0)
     low = np.zeros_like(high) if window.take is None else np.maximum(high - window.take, 0)
     return low, high
 
 
-def _n_before(log: InteractionLog, time: int) -> NDArray[np.int64]:
-    running = np.concatenate(([0], np.cumsum(np.asarray(log.time) < time)))
-    return running[log.offsets[1:]] - running[log.offsets[:-1]]
+def _first_since(log: InteractionLog, start: NDArray[np.int64], end: NDArray[np.int64], time: int) -> NDArray[np.int64]:
+    """Return [c] the first row of ``[start, end)`` at or after `time`: bisection, all histories at once.
+
+    It reads a few rows of each history, where comparing every time of the log would read and hold all of them.
+    """
+    low, high = start.copy(), end.copy()
+    for _ in range(int((end - start).max(initial=0)).bit_length()):
+        middle = (low + high) >> 1
+        open_ = low < high
+        earlier = open_ & (log.time[np.where(open_, middle, 0)] < time)
+        low = np.where(earlier, middle + 1, low)
+        high = np.where(earlier, high, middle)
+    return low
 
 
 @dataclass(frozen=True)
@@ -100,11 +123,12 @@ def stream_slices(
     Raises:
         DataError: a slice would be empty.
     """
-    times = np.sort(np.asarray(log.time), kind="stable")
-    n = len(times)
+    n = len(log)
     shares = [base + (1.0 - base - holdout) * i / max(later, 1) for i in range(later + 1)]
-    cuts = [int(times[min(n - 1, round(share * n))]) for share in shares]
-    bounds = [int(times[0]), *cuts, int(times[-1]) + 1]
+    places = [0, *(min(n - 1, round(share * n)) for share in shares), n - 1]
+    times = np.partition(log.time, sorted(set(places)))  # a few order statistics; sorting would take many times longer
+    first, *cuts, last = (int(times[place]) for place in places)
+    bounds = [first, *cuts, last + 1]
     if any(b <= a for a, b in pairwise(bounds)):
         raise DataError(
             f"Cannot cut {n:,} interactions into a base of {base:.0%}, {later} later slices and a tail of {holdout:.0%}"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 
 from fedrec.client.app import client_app
-from fedrec.client.pool import LogPool
+from fedrec.client.pool import ClientPool, LogPool
+from fedrec.client.workers import WorkerPool
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.data.sources import load_dataset
@@ -54,9 +56,6 @@ def simulate(
     data = load_dataset(experiment.data.source, say=say) if dataset is None else dataset
     check(experiment, data)
     torch.set_num_threads(experiment.runtime.threads)
-    n_nodes = experiment.runtime.nodes
-    pools = [LogPool.partition(data.log, data.catalog, i, n_nodes, experiment.runtime.engine) for i in range(n_nodes)]
-    grid = InProcessGrid(client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1]), [{}] * n_nodes, {})
     store = Registry(registry)
     store.prepare()
     chosen = folder or RunFolder.new(runs, experiment)
@@ -65,5 +64,20 @@ def simulate(
     def main(link: GridLink, context: Context) -> None:
         documents.append(run_experiment(experiment, data, link, chosen, store, command=command, observe=observe))
 
-    server_app(main)(grid, grid.server_context())
+    with ExitStack() as stack:
+        pools = [_pool(experiment, data, index, stack) for index in range(experiment.runtime.nodes)]
+        app = client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1])
+        grid = InProcessGrid(app, [{}] * len(pools), {})
+        server_app(main)(grid, grid.server_context())
     return documents[0], chosen.path
+
+
+def _pool(experiment: Experiment, data: Dataset, index: int, stack: ExitStack) -> ClientPool:
+    """Return the pool of one node; its worker processes, if any, end with the stack."""
+    runtime = experiment.runtime
+    if runtime.workers == 1:
+        return LogPool.partition(data.log, data.catalog, index, runtime.nodes, runtime.engine)
+    pool = WorkerPool(
+        data.log, data.catalog, runtime.workers, index=index, n_partitions=runtime.nodes, engine=runtime.engine
+    )
+    return stack.enter_context(pool)

@@ -54,7 +54,7 @@ class Factorisation(Recommender):
         """Return ``u . v_i``."""
         if items is None:
             return users @ self.item.T
-        return torch.einsum("bd,bkd->bk", users, rows(self.item, items))
+        return torch.bmm(rows(self.item, items), users[..., None])[..., 0]
 
     def local_start(self, batch: Batch) -> dict[str, Tensor]:
         """Return the solved user vectors."""
@@ -64,12 +64,12 @@ class Factorisation(Recommender):
         """Return the iALS objective per observed interaction, with the unobserved part estimated from negatives."""
         user = (self.local_start(batch) if local is None else local)["user"]
         n_seen = batch.input_mask.sum(-1).clamp(min=1).to(user.dtype)
-        observed = masked_mean((1.0 - self.score(user, batch.targets)) ** 2, batch.target_mask)
-        unobserved = (self.score(user, batch.negatives) ** 2).mean(-1) * (self.n_items / n_seen)
-        loss: Tensor = (
-            observed + self.config.unobserved_weight * unobserved + self.config.regularisation * (user**2).sum(-1)
-        )
-        return loss
+        n_targets = batch.targets.shape[1]
+        scores = self.score(user, torch.cat([batch.targets, batch.negatives], 1))
+        observed = masked_mean((1.0 - scores[:, :n_targets]) ** 2, batch.target_mask)
+        unobserved = (scores[:, n_targets:] ** 2).mean(-1) * (self.n_items / n_seen)
+        loss: Tensor = observed + self.config.unobserved_weight * unobserved
+        return loss + self.config.regularisation * (user**2).sum(-1)
 
     def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a copy with zero vectors for the new items: anything else would change everybody's user vector."""

@@ -98,12 +98,29 @@ def layer_norm(
 
 
 def rows(table: Float[Tensor, "*own n d"], numbers: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
-    """Return the rows of a table, or of each person's own table."""
+    """Return rows of a table, or of each person's own table; the latter's gradient is sparse over (person, row)."""
     if table.dim() == 2:
         return F.embedding(numbers, table)
-    b, n, d = table.shape
-    first = torch.arange(0, b * n, n)
-    return F.embedding(numbers + first[:, None], table.reshape(b * n, d))
+    own: Tensor = _OwnRows.apply(table, numbers)  # type: ignore[no-untyped-call]
+    return own
+
+
+def by_distance(values: Float[Tensor, "*h n"]) -> Float[Tensor, "*h n n"]:
+    """Return M with ``M_ij = values_(i - j)``, and minus infinity where j is later than i."""
+    if values.dim() == 2:
+        return _spread(values)
+    own: Tensor = _OwnDistance.apply(values)  # type: ignore[no-untyped-call]
+    return own
+
+
+def _spread(values: Float[Tensor, "*h n"]) -> Float[Tensor, "*h n n"]:
+    # A row of 2n numbers, repeated and cut into rows of 2n - 1, moves by one place from row to row.
+    n = values.shape[-1]
+    later = torch.full_like(values, float("-inf"))
+    row = torch.cat([values[..., :1], later, values[..., 1:].flip(-1)], -1)
+    lead = row.shape[:-1]
+    tiled = row[..., None, :].expand(*lead, n, 2 * n).reshape(*lead, 2 * n * n)
+    return tiled[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., :n]
 
 
 class Linear(nn.Module):
@@ -134,6 +151,27 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias)
 
 
+class _OwnRows(torch.autograd.Function):
+    """Rows of each person's own table; the gradient names only the rows looked up, a row perhaps more than once."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, numbers: Tensor) -> Tensor:
+        ctx.save_for_backward(numbers)
+        ctx.table_shape = table.shape
+        if table.stride(0) == 0:
+            return F.embedding(numbers, table[0])
+        b, n, d = table.shape
+        return F.embedding(numbers + torch.arange(0, b * n, n)[:, None], table.view(b * n, d))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (numbers,) = ctx.saved_tensors
+        person = torch.arange(len(numbers)).repeat_interleave(numbers.shape[1])
+        values = gradients[0].reshape(-1, ctx.table_shape[-1])
+        place = torch.stack([person, numbers.flatten()])
+        return torch.sparse_coo_tensor(place, values, ctx.table_shape, check_invariants=False), None
+
+
 class _SharedLinear(torch.autograd.Function):
     """A linear layer whose weights are the same for all people and whose gradients are not."""
 
@@ -154,15 +192,39 @@ class _SharedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y, mean, scale = torch.native_layer_norm(x, x.shape[-1:], weight[0], bias[0], 1e-5)
-        ctx.save_for_backward(x, weight, mean, scale)
-        return y
+        normal, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
+        ctx.save_for_backward(x, weight, mean, scale, normal)
+        return torch.addcmul(bias[0], normal, weight[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (out,) = gradients
-        x, weight, mean, scale = ctx.saved_tensors
+        x, weight, mean, scale, normal = ctx.saved_tensors
         dx = torch.ops.aten.native_layer_norm_backward(
             out, x, x.shape[-1:], mean, scale, weight[0], None, [True, False, False]
         )[0]
-        return dx, (out * ((x - mean) * scale)).sum(1), out.sum(1)
+        return dx, normal.mul_(out).sum(1), out.sum(1)
+
+
+class _OwnDistance(torch.autograd.Function):
+    """`by_distance` for values with a leading axis of people; its gradient is one pass over that of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        if values.stride(0):
+            return _spread(values)
+        spread = _spread(values[0])
+        return spread.expand(len(values), *spread.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # The gradient of what lies later is zero, so the diagonals of [n, n] are columns of a view of row length n + 1.
+        out = gradients[0].contiguous()
+        n, lead = out.shape[-1], out.shape[:-2]
+        flat = out.view(-1, n * n)
+        sums = torch.zeros(len(flat), n, dtype=out.dtype)
+        if n > 1:
+            diagonals = flat.as_strided((len(flat), n - 1, n), (n * n, n + 1, 1), 2)
+            sums = diagonals.sum(1).flip(-1)
+        sums[:, 0] += flat[:, 0]
+        return sums.view(*lead, n)

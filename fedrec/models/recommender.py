@@ -61,7 +61,8 @@ class Recommender(nn.Module, ABC):
 
         Args:
             batch: what `spec` asked for.
-            local: the client's own tensors [b, ...]; None: `local_start` makes them.
+            local: the client's own tensors [b, ...]; None: `local_start` makes them. With them, a model that trains on
+                pairs reads no rows of the inputs.
         """
 
     def forward(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedrec.data.batches import START, Batch, BatchSpec
 from fedrec.errors import ConfigError
 from fedrec.models.configs import SampledSoftmax, TransformerConfig
-from fedrec.models.layers import LayerNorm, Linear, normal, normal_rows, rows, seeded_dropout
+from fedrec.models.layers import LayerNorm, Linear, by_distance, normal, normal_rows, rows, seeded_dropout
 from fedrec.models.losses import lookahead, sampled_softmax
 from fedrec.models.recommender import Recommender, copy_grown
 from fedrec.random import Key
@@ -53,20 +53,6 @@ class Block(nn.Module):
         return x + seeded_dropout(self.narrow(inner), self.dropout, seeds, self.site + 2)
 
 
-def by_distance(values: Float[Tensor, "*h n"]) -> Float[Tensor, "*h n n"]:
-    """Return M with ``M_ij = values_(i - j)``, and minus infinity where j is later than i.
-
-    A row of 2n numbers, repeated and cut into rows of 2n - 1, moves by one place from row to row: a copy, no look-up,
-    with a gradient that is a sum.
-    """
-    n = values.shape[-1]
-    later = torch.full_like(values, float("-inf"))
-    row = torch.cat([values[..., :1], later, values[..., 1:].flip(-1)], -1)
-    lead = row.shape[:-1]
-    tiled = row[..., None, :].expand(*lead, n, 2 * n).reshape(*lead, 2 * n * n)
-    return tiled[..., : n * (2 * n - 1)].reshape(*lead, n, 2 * n - 1)[..., :n]
-
-
 class Transformer(Recommender):
     """Next-item prediction: ``s_ui = h_u . v_i``, h_u the hidden state after the newest interaction.
 
@@ -101,11 +87,16 @@ class Transformer(Recommender):
         self.blocks = nn.ModuleList(Block(config, i, key.child("block", i)) for i in range(config.blocks))
         self.norm = LayerNorm(config.dim)
 
-    def hidden(self, items: Int[Tensor, "b l"], seeds: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b l d"]:
-        """Return the state after each input; `seeds` turns dropout on."""
+    def hidden(
+        self,
+        items: Int[Tensor, "b l"],
+        seeds: Int[Tensor, " b"] | None = None,
+        vectors: Float[Tensor, "b l d"] | None = None,
+    ) -> Float[Tensor, "b l d"]:
+        """Return the state after each input; `seeds` turns dropout on, `vectors` are the inputs' rows if at hand."""
         n = items.shape[1]
-        x = rows(self.item, items.clamp(min=0))
-        x = torch.where((items == START)[..., None], self.start[..., None, :], x) * self.config.dim**0.5
+        vectors = rows(self.item, items.clamp(min=0)) if vectors is None else vectors
+        x = torch.where((items == START)[..., None], self.start[..., None, :], vectors) * self.config.dim**0.5
         x = seeded_dropout(x + self.position[..., :n, :], self.config.dropout, seeds, 0)
         for block in self.blocks:
             x = block(x, seeds)
@@ -127,15 +118,18 @@ class Transformer(Recommender):
 
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the mean softmax loss over each person's targets, with dropout seeded by the batch."""
-        states = self.hidden(batch.inputs, batch.seeds)  # [b t d]
-        n, c = states.shape[1], self.config
-        targets = rows(self.item, batch.targets)
+        n, c = batch.inputs.shape[1], self.config
+        # One look-up of all rows, so that one gradient of the table comes back.
+        numbers = [batch.inputs.clamp(min=0), batch.targets, *([batch.negatives] if self.gathers else [])]
+        sizes = [part.shape[1] for part in numbers]
+        inputs, targets, *rest = rows(self.item, torch.cat(numbers, 1)).split_with_sizes(sizes, 1)
+        states = self.hidden(batch.inputs, batch.seeds, inputs)  # [b t d]
         # The target after next, and so on: shifted products, zero past the end.
         shifts = range(min(c.horizon, n))
         logits = torch.stack([F.pad((states[:, : n - j] * targets[:, j:]).sum(-1), (0, j)) for j in shifts], -1)
         there = torch.stack([F.pad(batch.input_mask[:, j:], (0, j)) for j in shifts], -1)  # [b t h]
         if self.gathers:
-            negative = states @ rows(self.item, batch.negatives).transpose(-1, -2)
+            negative = states @ rest[0].transpose(-1, -2)
             stands_for = max(self.n_items - 1, 1) / batch.negatives.shape[-1]
         else:
             negative, stands_for = states @ self.item.transpose(-1, -2), 1.0

@@ -13,14 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedrec.data.slices import Window
 from fedrec.errors import ProtocolError
 from fedrec.models.configs import AnyModelConfig, ModelConfig
-from fedrec.params import Params
+from fedrec.params import Array, Params
 from fedrec.protocol import wire
-from fedrec.protocol.task import AnyTask, Task
+from fedrec.protocol.codec import F32, AnyCodec, Codec, Coding, Float, Plain, from_half, to_half
+from fedrec.protocol.task import AnyTask, FitTask, Task
 from fedrec.random import Key
 
 MAX_CLIENTS = 100_000_000
 """More clients than a node can host; a larger census is a fault or an attack."""
 _SLOTS, _MODEL, _INPUT = "slots", "model/", "input/"
+_DOWN = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 
 
 class _Header(BaseModel):
@@ -32,6 +34,8 @@ class _Header(BaseModel):
     n_items: int = Field(ge=1)
     key: str
     catalog_digest: str
+    codec: Codec
+    download: Float
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class RoundPlan:
         catalog_digest: the catalogue that item numbers refer to.
         slots: [k] int64, which of the node's eligible clients take part.
         inputs: further named tensors that the task needs, for example released popularity counts.
+        codec: how the node writes the sums of a fit; what other tasks contribute travels as it is.
+        download: how `params` travel; with 16 bits the node starts from rounded ones.
     """
 
     slice: int
@@ -61,10 +67,17 @@ class RoundPlan:
     catalog_digest: str
     slots: NDArray[np.int64]
     inputs: Params = field(default_factory=dict)
+    codec: AnyCodec = field(default_factory=Plain)
+    download: Float = "float32"
+
+    @property
+    def coding(self) -> Coding:
+        """How this round's tallies are written."""
+        return Coding(self.codec if isinstance(self.task, FitTask) else Plain(), self.n_items, self.key)
 
     def to_bytes(self) -> bytes:
         """Return the plan in the wire format."""
-        tensors = {_MODEL + name: value for name, value in self.params.items()}
+        tensors = {_MODEL + name: _packed(value, self.download) for name, value in self.params.items()}
         tensors |= {_INPUT + name: value for name, value in self.inputs.items()}
         return wire.pack("plan", self._header, {**tensors, _SLOTS: self.slots})
 
@@ -78,6 +91,8 @@ class RoundPlan:
             "n_items": self.n_items,
             "key": self.key.hex(),
             "catalog_digest": self.catalog_digest,
+            "codec": self.codec.model_dump(mode="json"),
+            "download": self.download,
         }
 
     @classmethod
@@ -98,12 +113,21 @@ class RoundPlan:
         odd = [name for name in tensors if not name.startswith((_MODEL, _INPUT))]
         if odd:
             raise ProtocolError(f"The plan is malformed: nobody knows what its tensor '{odd[0]}' is for.")
-        params = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
+        half = _DOWN.get(header.download)
+        params = {
+            name.removeprefix(_MODEL): from_half(value) if value.dtype == half else value
+            for name, value in tensors.items()
+            if name.startswith(_MODEL)
+        }
         inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
         return cls(
             header.slice, header.round, header.task, header.model, header.n_items, params, key,
-            header.catalog_digest, slots, inputs,
+            header.catalog_digest, slots, inputs, header.codec, header.download,
         )  # fmt: skip
+
+
+def _packed(value: Array, download: Float) -> Array:
+    return value if download == "float32" or value.dtype != F32 else to_half(value, download)
 
 
 class CensusRequest(BaseModel):

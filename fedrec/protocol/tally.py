@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedrec import params as named
 from fedrec.errors import ProtocolError, TallyRefused
 from fedrec.params import Params
 from fedrec.protocol import wire
+from fedrec.protocol.codec import Coding, Shapes
 
 
 class _Header(BaseModel):
@@ -29,29 +29,47 @@ class Tally:
         sums: named tensors, summed over clients.
         n_clients: how many clients are in the sums.
         stats: plain numbers summed over clients, for example "loss".
+        slack: by how much a lossy codec may have lengthened the sums; found when decoding, never sent.
     """
 
     sums: Params
     n_clients: int
     stats: Mapping[str, float]
+    slack: float = 0.0
 
-    def to_bytes(self) -> bytes:
-        """Return the tally in the wire format."""
-        return wire.pack("tally", {"n_clients": self.n_clients, "stats": dict(self.stats)}, self.sums)
+    def to_bytes(self, coding: Coding | None = None, node: str = "") -> bytes:
+        """Return the tally in the wire format.
+
+        Args:
+            coding: how the sums are written, ``plan.coding``; None: as they are.
+            node: name of the node, from which it draws its rounding.
+
+        Raises:
+            ProtocolError: the codec cannot write these sums.
+        """
+        sums = self.sums if coding is None or not self.sums else coding.encode(self.sums, node)
+        return wire.pack("tally", {"n_clients": self.n_clients, "stats": dict(self.stats)}, sums)
 
     @classmethod
-    def from_bytes(cls, document: bytes) -> Tally:
-        """Return the tally that `to_bytes` wrote.
+    def from_bytes(cls, document: bytes, coding: Coding | None = None, shapes: Shapes | None = None) -> Tally:
+        """Return the tally that `to_bytes` wrote; it may hold anything still, see `Expectation.check`.
+
+        Args:
+            document: what came in.
+            coding: how the sums should be written; None: as they are.
+            shapes: what was asked for; whatever does not decode to it is refused, before memory is taken for it.
 
         Raises:
             ProtocolError: the document is not a tally of this version.
+            TallyRefused: its sums do not decode.
         """
         raw, tensors = wire.unpack("tally", document)
         try:
             header = _Header.model_validate(raw)
         except ValidationError as error:
             raise ProtocolError(f"The tally is malformed: {error}") from error
-        return cls(tensors, header.n_clients, header.stats)
+        sums, slack = (tensors, 0.0) if coding is None or not tensors else coding.decode(tensors, shapes or {})
+        return cls(sums, header.n_clients, header.stats, slack)
 
 
 @dataclass(frozen=True)
@@ -61,10 +79,11 @@ class Expectation:
     Attributes:
         shapes: name to (shape, dtype) of every tensor.
         max_clients: how many clients were asked.
-        norm_bound: L2 bound of one client's contribution, or None where there is none.
+        norm_bound: L2 bound of one client's contribution, or None where there is none; a lossy codec's slack comes on
+            top, so that exactly those sums pass which may have been within the bound before they were encoded.
     """
 
-    shapes: Mapping[str, tuple[tuple[int, ...], np.dtype[np.generic]]]
+    shapes: Shapes
     max_clients: int
     norm_bound: float | None = None
 
@@ -90,5 +109,5 @@ class Expectation:
             raise TallyRefused("it carries sums of no clients")
         if self.norm_bound is not None:
             norm, bound = named.norm(tally.sums), self.norm_bound * tally.n_clients
-            if norm > bound * (1 + 1e-4):
+            if norm > bound * (1 + 1e-4) + tally.slack:
                 raise TallyRefused(f"its norm {norm:.4g} is above the bound {bound:.4g} of {tally.n_clients} clients")

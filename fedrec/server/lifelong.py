@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from fedrec import params as named
+from fedrec.config import Experiment
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.slices import TimeSlice
 from fedrec.models.configs import PopularityConfig
+from fedrec.protocol.codec import Plain
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
@@ -29,6 +31,19 @@ PRIVACY = {
     "epsilon": None,
     "delta": None,
 }
+"""What a run without a lossy or telling codec says."""
+
+
+def privacy(experiment: Experiment) -> dict[str, Any]:
+    """Return the privacy statement of an experiment: what is protected, and what the codec gives away."""
+    codec = experiment.training.codec
+    if isinstance(codec, Plain):
+        return dict(PRIVACY)
+    statement = (
+        "Not private: no noise is added. Clients send the sums of their updates as the codec "
+        f"'{codec.kind}' writes them, which hides nothing, and the exact sums of their counts and metrics."
+    )
+    return {**PRIVACY, "statement": f"{statement} {codec.reveals}".rstrip()}
 
 
 @dataclass(frozen=True)
@@ -184,7 +199,7 @@ def _publish(
         experiment=experiment.model_dump(mode="json", exclude={"runtime"}),
         experiment_digest=experiment.digest(),
         metrics=verdict["rows"],
-        privacy=PRIVACY,
+        privacy=privacy(experiment),
     )
     own = [record for record in state.rounds if record["slice"] == time_slice.index]
     record = {

@@ -150,7 +150,8 @@ def gather(
         RunError: every node that was asked failed.
     """
     slots = roster.slots(places)
-    documents = {node: plan_for(own).to_bytes() for node, own in slots.items()}
+    plans = {node: plan_for(own) for node, own in slots.items()}
+    documents = {node: plan.to_bytes() for node, plan in plans.items()}
     fold, bytes_up = _Fold(), 0
     tallies: dict[int, Tally] = {}
     silent = set(slots)
@@ -163,8 +164,9 @@ def gather(
             if reply.document is None:
                 raise TallyRefused(reply.error)
             bytes_up += len(reply.document)
-            tally = Tally.from_bytes(reply.document)
-            expected(len(slots[reply.node])).check(tally)
+            expectation = expected(len(slots[reply.node]))
+            tally = Tally.from_bytes(reply.document, plans[reply.node].coding, expectation.shapes)
+            expectation.check(tally)
             tallies[reply.node] = tally
         except FedrecError as error:
             fold.refused.append({"node": roster.name(reply.node), "reason": str(error)})
@@ -209,6 +211,8 @@ def run_round(
             key,
             recipe.catalog_digest,
             slots,
+            codec=training.codec,
+            download=training.download,
         ),
         lambda n: Expectation(expectation, n, task.local.clip_norm),
         training.timeout_seconds,

@@ -20,7 +20,7 @@ from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build
 from fedrec.protocol.link import Link
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
-from fedrec.server.lifelong import PRIVACY, Desk, Event, Observer, run_stream
+from fedrec.server.lifelong import Desk, Event, Observer, privacy, run_stream
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
 from fedrec.server.state import ServerState
@@ -169,7 +169,7 @@ def describe(state: ServerState, experiment: Experiment, dataset: Dataset, comma
             "terms": dataset.provenance.get("terms"),
         },
         "protocol": _protocol(experiment),
-        "privacy": PRIVACY,
+        "privacy": privacy(experiment),
         "releases": list(state.releases),
         "rounds": list(state.rounds),
         "totals": {

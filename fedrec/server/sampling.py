@@ -18,4 +18,9 @@ def sample(cohort: PoissonCohort | FixedCohort, n_eligible: int, key: Key) -> ND
     u = key.uniforms(np.arange(n_eligible, dtype=np.int64), 1)[:, 0]
     if isinstance(cohort, PoissonCohort):
         return np.flatnonzero(u < cohort.expected / max(n_eligible, 1))
-    return np.sort(np.argsort(u, kind="stable")[: cohort.size])
+    if cohort.size >= n_eligible:
+        return np.arange(n_eligible, dtype=np.int64)
+    # The smallest numbers win; a partition finds them without sorting everybody.
+    bound = np.partition(u, cohort.size - 1)[cohort.size - 1]
+    below, level = np.flatnonzero(u < bound), np.flatnonzero(u == bound)
+    return np.sort(np.concatenate((below, level[: cohort.size - len(below)])))

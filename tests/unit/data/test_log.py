@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
 
-from fedrec.data.log import InteractionLog
+from fedrec.data import log as log_module
+from fedrec.data.log import NEVER, InteractionLog, UserIds
 from fedrec.errors import DataError
+from fedrec.random import Key
+
+ODD_IDS = ("ann", "", "zoë", "two\nlines", '"quoted"', "back\\slash", "ann")
 
 
 def small() -> InteractionLog:
@@ -86,5 +91,106 @@ def test_load_refuses_an_empty_folder_and_another_format(tmp_path) -> None:
     small().save(tmp_path)
     header = json.loads((tmp_path / "log.json").read_text())
     (tmp_path / "log.json").write_text(json.dumps({**header, "format": 99}))
-    with pytest.raises(DataError, match="has format 99, this fedrec reads 1"):
+    with pytest.raises(DataError, match="has format 99, this fedrec reads 1 and 2"):
+        InteractionLog.load(tmp_path)
+
+
+def by_hand(log: InteractionLog, users: np.ndarray, items: np.ndarray) -> list[list[int]]:
+    histories = [log.history(u).tolist() for u in users]
+    return [
+        [own.index(item) if item in own else NEVER for item in asked]
+        for own, asked in zip(histories, items.tolist(), strict=True)
+    ]
+
+
+def repeating(n_users: int = 30, n_items: int = 40) -> InteractionLog:
+    """People with histories of 0 to 29 items, in which items come again."""
+    user = np.repeat(np.arange(n_users), np.arange(n_users)[::-1])
+    item = Key.from_seed(8).child("items").numpy().integers(0, n_items, len(user))
+    return InteractionLog.from_rows(user, item, np.arange(len(user)), tuple(map(str, range(n_users))))
+
+
+@pytest.mark.parametrize("cells", [0, 1 << 40], ids=["sorted", "dense"])
+def test_first_place_is_where_an_item_first_stands(monkeypatch: pytest.MonkeyPatch, cells: int) -> None:
+    monkeypatch.setattr(log_module, "DENSE_CELLS", cells)
+    log = repeating()
+    users = np.array([3, 29, 0, 17, 3])  # 29 has no history, 3 is asked twice
+    items = Key.from_seed(9).numpy().integers(0, 45, (5, 60))  # some are beyond everything that anybody took
+    assert log.first_place(users, items).tolist() == by_hand(log, users, items)
+    assert log.first_place(users[1:2], items[1:2]).tolist() == [[NEVER] * 60]
+    assert log.first_place(users[:0], items[:0]).shape == (0, 60)
+    assert log.first_place(users, items[:, :0]).shape == (5, 0)
+    assert log.first_place(users, items).dtype == np.int64
+
+
+def test_first_place_reads_only_the_histories_asked_for(tmp_path) -> None:
+    """The rest of the log may be anything, and no array as long as the log is kept."""
+    log = repeating()
+    log.save(tmp_path)
+    item = log.item.copy()
+    item[log.offsets[7] :] = 10**9  # as a stride, this would ask for gigabytes
+    broken = InteractionLog(**{**vars(log), "item": item})
+    users, items = np.array([2, 6]), np.tile(np.arange(40), (2, 1))
+    assert broken.first_place(users, items).tolist() == log.first_place(users, items).tolist()
+    loaded = InteractionLog.load(tmp_path)
+    loaded.first_place(users, items)
+    assert set(vars(loaded)) == set(InteractionLog.__dataclass_fields__)
+
+
+def test_user_ids_are_a_sequence_of_text() -> None:
+    ids = UserIds.of(ODD_IDS)
+    assert list(ids) == [ids[i] for i in range(len(ids))] == list(ODD_IDS)
+    assert (ids[-1], ids[1:4], ids.index("zoë")) == ("ann", ODD_IDS[1:4], 2)
+    assert ids == ODD_IDS
+    assert ids.__eq__(list(ODD_IDS)) is NotImplemented
+    assert ids == UserIds.of(list(ODD_IDS))
+    assert ids != ODD_IDS[::-1]
+    assert hash(ids) == hash(ODD_IDS)
+    assert tuple(ids.take(np.array([3, 0, 3, 6]))) == tuple(ODD_IDS[i] for i in (3, 0, 3, 6))
+    assert tuple(ids.take(np.array([], np.int64))) == tuple(UserIds.of(())) == ()
+    with pytest.raises(IndexError):
+        ids[7]
+
+
+def test_many_user_ids_are_read_in_parts() -> None:
+    ids = [str(i) for i in range(65_536 * 2 + 5)]
+    assert list(UserIds.of(ids)) == ids
+
+
+def test_the_digest_is_that_of_the_ids_as_one_json_list() -> None:
+    log = InteractionLog(**{**vars(small()), "user_ids": ODD_IDS[:3]})
+    state = hashlib.sha256()
+    for column in (log.offsets, log.item, log.time, log.event, log.value):
+        state.update(column.tobytes())
+    state.update(json.dumps([ODD_IDS[:3], ("view", "buy")]).encode())
+    assert log.digest() == state.hexdigest()
+    mapped = InteractionLog(**{**vars(log), "user_ids": UserIds.of(ODD_IDS[:3])})
+    assert mapped.digest() == log.digest()
+
+
+def test_take_users_of_a_loaded_log_takes_their_ids(tmp_path) -> None:
+    small().save(tmp_path)
+    assert (tmp_path / "user_ids.jsonl").read_text() == '"ann"\n"bob"\n"cy"\n'
+    taken = InteractionLog.load(tmp_path).take_users(np.array([2, 1]))
+    assert taken.user_ids == ("cy", "bob")
+    assert taken.digest() == small().take_users(np.array([2, 1])).digest()
+
+
+def test_a_log_of_nobody_survives_a_folder(tmp_path) -> None:
+    small().take_users(np.array([], np.int64)).save(tmp_path)
+    assert len(InteractionLog.load(tmp_path).user_ids) == 0
+
+
+def test_folders_of_format_1_which_list_the_ids_are_still_read(tmp_path) -> None:
+    small().save(tmp_path)
+    (tmp_path / "user_ids.jsonl").unlink()
+    header = {"format": 1, "user_ids": ["ann", "bob", "cy"], "event_kinds": ["view", "buy"]}
+    (tmp_path / "log.json").write_text(json.dumps(header))
+    assert InteractionLog.load(tmp_path).digest() == small().digest()
+
+
+def test_load_refuses_ids_of_another_number_of_users(tmp_path) -> None:
+    small().save(tmp_path)
+    (tmp_path / "user_ids.jsonl").write_text('"ann"\n"bob"\n')
+    with pytest.raises(DataError, match="names 2 users where the columns hold 3"):
         InteractionLog.load(tmp_path)

@@ -43,6 +43,9 @@ def test_a_time_window_equals_counting_row_by_row() -> None:
             times = log.time[log.offsets[u] : log.offsets[u + 1]]
             expected.append((int((times < start).sum()), int((times < end).sum())))
         assert ranges(log, TimeWindow(start=start, end=end)) == expected
+        asked = np.array([17, 3, 3, 39])
+        low, high = resolve(log, TimeWindow(start=start, end=end), asked)
+        assert list(zip(low.tolist(), high.tolist(), strict=True)) == [expected[u] for u in asked]
 
 
 def test_last_windows_stop_at_the_start_of_a_history() -> None:
@@ -51,6 +54,32 @@ def test_last_windows_stop_at_the_start_of_a_history() -> None:
     assert ranges(log, LastWindow(skip=1, take=1)) == [(2, 3), (0, 0), (0, 0)]
     assert ranges(log, LastWindow(skip=2)) == [(0, 2), (0, 0), (0, 0)]
     assert ranges(log, LastWindow(skip=1, take=9)) == [(0, 3), (0, 0), (0, 0)]
+
+
+def test_a_window_is_resolved_for_those_asked_in_the_order_given() -> None:
+    log = log_of([[1, 2, 3, 4], [1], [], [2, 2, 2]])
+    users = np.array([3, 2, 0])
+    for window in (LastWindow(skip=1, take=2), LastWindow(skip=0), TimeWindow(start=2, end=4)):
+        everybody = resolve(log, window)
+        for part, whole in zip(resolve(log, window, users), everybody, strict=True):
+            assert part.tolist() == whole[users].tolist()
+    nobody = resolve(log, TimeWindow(start=0, end=9), users[:0])
+    assert [part.tolist() for part in nobody] == [[], []]
+
+
+def test_a_time_window_reads_few_rows_of_a_long_history() -> None:
+    """Bisection looks at 15 of 20,000 rows for each end of the window, and at no other."""
+    log = log_of([list(range(20_000))])
+    looked: list[int] = []
+
+    class Watched(np.ndarray):
+        def __getitem__(self, rows):
+            looked.extend(np.atleast_1d(rows).tolist())
+            return np.asarray(self)[rows]
+
+    watched = InteractionLog(**{**vars(log), "time": log.time.view(Watched)})
+    assert ranges(watched, TimeWindow(start=777, end=15_000)) == [(777, 15_000)]
+    assert 0 < len(set(looked)) <= 30
 
 
 @pytest.mark.parametrize("window", [{"skip": -1}, {"skip": 0, "take": 0}, {"skip": 0, "tak": 1}])
