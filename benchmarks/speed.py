@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from benchmarks.peers import central, plain
 from benchmarks.peers.processes import Skipped, measured, pfl_python
 from benchmarks.peers.workloads import KEY, Workload, in_process, sequence, small
 from fedrec.client.pool import LogPool
+from fedrec.client.trainer import cache_block
+from fedrec.client.workers import WorkerPool
 
 Times = dict[str, list[float]]
 REPEATS, SEQUENCE_REPEATS, QUICK_REPEATS = 8, 5, 3
@@ -59,8 +61,10 @@ def small_rows(quick: bool, repeats: int) -> list[Row]:
     shared = model.get_parameter("item").detach().clone()
     generator = torch.Generator().manual_seed(1)
     histories = torch.from_numpy(workload.log.item.reshape(2 * n, plain.PER_USER)[:PLAIN_COHORT]).long()
+    two = WorkerPool(workload.log, workload.catalog, RAY_PROCESSES)
     contenders: dict[str, Callable[[], Any]] = {
         "fedrec": in_process(workload),
+        "fedrec, two": in_process(workload, two),
         "plain": lambda: plain.round_of(histories, shared, generator),
         **_centralised(workload, (64, 256, 1024), cohort),
     }
@@ -68,12 +72,14 @@ def small_rows(quick: bool, repeats: int) -> list[Row]:
     elsewhere, skipped = _elsewhere(n, quick)
     for name, more in timed(contenders, repeats - repeats // 2, "A", warm_up=False).items():
         seconds[name] += more
+    two.close()
     speed = {name: n / statistics.median(values) for name, values in seconds.items() if name != "plain"}
     speed["plain"] = len(histories) / statistics.median(seconds["plain"])
     best = max((name for name in speed if name.startswith("batches")), key=speed.__getitem__)
     unit = "clients/s"
     rows = [
         Row(f"A: fedrec in-process, whole round, {n:,} of {2 * n:,} clients", speed["fedrec"], unit),
+        Row(f"A: fedrec in-process, whole round, {RAY_PROCESSES} worker processes", speed["fedrec, two"], unit),
         Row("A: plain torch loop, one client after the other", speed["plain"], unit),
         Row(f"A: centralised torch on the same samples, {best}", speed[best], unit),
         *(Row(f"A: {label}", value, unit) for label, value in elsewhere.items()),
@@ -84,7 +90,9 @@ def small_rows(quick: bool, repeats: int) -> list[Row]:
     for label, bound in ((_FLOWER, 400), (_PFL, 30)):
         if label in elsewhere:
             reach = unclaimed if quick else claim
-            rows.append(reach(f"A: fedrec / {label}", speed["fedrec"] / elsewhere[label], "x", ">=", bound))
+            rows.append(Row(f"A: fedrec, one process / {label}", speed["fedrec"] / elsewhere[label], "x"))
+            ratio = speed["fedrec, two"] / elsewhere[label]
+            rows.append(reach(f"A: fedrec, {RAY_PROCESSES} processes / {label}", ratio, "x", ">=", bound))
     return rows
 
 
@@ -137,7 +145,7 @@ def _centralised(workload: Workload, batches: Sequence[int], cohort: Any) -> dic
 def sequence_rows(workload: Workload, quick: bool, repeats: int, bound: float) -> list[Row]:
     """Return the rows of workload B for one length and number of steps."""
     pool, plan, cohort = LogPool(workload.log, workload.catalog), workload.plan(), workload.cohort()
-    own = int(getattr(pool, "block", 64))
+    own = cache_block(workload.model(), workload.steps)
     n, few = len(cohort), 8 if quick else 16
     model = workload.model()
     one_by_one = cohort.take(slice(0, few))
@@ -162,21 +170,15 @@ def sequence_rows(workload: Workload, quick: bool, repeats: int, bound: float) -
 
 
 def workers_rows(quick: bool, repeats: int) -> list[Row]:
-    """Return how much faster two worker processes are than one, if this `LogPool` has workers."""
-    what = "two worker processes / one, B1, length 50"
-    if "workers" not in inspect.signature(LogPool).parameters:
-        return [Row(f"{what}: skipped: this LogPool has no workers", 0.0, "skipped")]
+    """Return how much faster two worker processes are than one; both are fed through the same files in memory."""
     workload = sequence(256 if quick else 1024, 50, 1)
     plan = workload.plan()
-    made: Any = LogPool
-    pools = {n: made(workload.log, workload.catalog, workers=n) for n in (1, 2)}
-    contenders: dict[str, Callable[[], Any]] = {str(n): partial(pool.run, plan) for n, pool in pools.items()}
-    try:
+    with ExitStack() as stack:
+        pools = {n: stack.enter_context(WorkerPool(workload.log, workload.catalog, n)) for n in (1, 2)}
+        contenders: dict[str, Callable[[], Any]] = {str(n): partial(pool.run, plan) for n, pool in pools.items()}
         seconds = timed(contenders, repeats, "workers")
-    finally:
-        for pool in pools.values():
-            getattr(pool, "close", lambda: None)()
     reach = unclaimed if quick else claim
+    what = "two worker processes / one, B1, length 50"
     return [reach(what, statistics.median(seconds["1"]) / statistics.median(seconds["2"]), "x", ">=", 1.7)]
 
 

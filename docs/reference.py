@@ -1,7 +1,11 @@
-"""Writes docs/experiments.md from the settings' own docstrings: ``python docs/reference.py``."""
+"""Writes the pages that come from the code and from results: ``python docs/reference.py``.
+
+docs/experiments.md comes from the settings' own docstrings, the tables of docs/results.md from benchmarks/results.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -64,5 +68,31 @@ def page() -> str:
     return HEAD.format(bundled=bundled()) + "\n" + section(Experiment, "").rstrip() + "\n"
 
 
+RESULTS_HEAD = """# Results
+
+The last runs of every benchmark, as their JSON in `benchmarks/results` says it. "FAILS" is a claim that did not hold in
+that run; [performance](performance.md) says why. This page is written by `python docs/reference.py`.
+"""
+
+
+def results_page() -> str:
+    """Return the tables of all results."""
+    folder = Path(__file__).parent.parent / "benchmarks" / "results"
+    return RESULTS_HEAD + "".join(table(json.loads(path.read_text("utf-8"))) for path in sorted(folder.glob("*.json")))
+
+
+def table(document: dict[str, Any]) -> str:
+    """Return the rows of one benchmark, its command and its machine."""
+    machine = ", ".join(f"{name} {value}" for name, value in document["machine"].items())
+    judged = {True: "holds", False: "FAILS", None: ""}
+    rows = "".join(
+        f"| {r['what']} | {r['value']:.4g} | {r['unit']} | {r['target']} | {judged[r['holds']]} |\n"
+        for r in document["rows"]
+    )
+    head = "| what | value | unit | target | |\n| --- | ---: | --- | --- | --- |\n"
+    return f"\n## {document['benchmark']}\n\n`{document['command']}` ({machine})\n\n{head}{rows}"
+
+
 if __name__ == "__main__":
     (Path(__file__).parent / "experiments.md").write_text(page(), encoding="utf-8")
+    (Path(__file__).parent / "results.md").write_text(results_page(), encoding="utf-8")

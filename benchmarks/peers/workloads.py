@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.peers import plain
 from fedrec.client.app import client_app
-from fedrec.client.pool import LogPool
+from fedrec.client.pool import ClientPool, LogPool
 from fedrec.config import Experiment
 from fedrec.data.batches import Cohort
 from fedrec.data.catalog import ItemCatalog
@@ -143,7 +143,7 @@ def rounds(workload: Workload, link: Link, clock: Callable[[], float] = time.per
     return go
 
 
-def in_process(workload: Workload, **pool: Any) -> Callable[[], None]:
-    """Return a function that runs the next whole round through `InProcessGrid`; `pool` goes to `LogPool`."""
-    hosted = LogPool(workload.log, workload.catalog, **pool)
+def in_process(workload: Workload, pool: ClientPool | None = None) -> Callable[[], None]:
+    """Return a function that runs the next whole round through `InProcessGrid`, on this pool or a `LogPool`."""
+    hosted = pool or LogPool(workload.log, workload.catalog)
     return rounds(workload, GridLink(InProcessGrid(client_app(lambda context: hosted), [{}], {})))

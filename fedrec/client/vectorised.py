@@ -69,7 +69,8 @@ def _moved(value: Tensor, gradient: Tensor, rate: float, copy: bool) -> Tensor:
 def _added(table: Tensor, gradient: Tensor, rate: float) -> Tensor:
     """Add `rate` times a sparse gradient over (client, row) to tables [c, r, d], in place."""
     client, row = gradient._indices()
-    table.flatten(0, 1).index_add_(0, client * table.shape[1] + row, gradient._values(), alpha=rate)
+    values = gradient._values() * rate  # index_add_ with an alpha takes three times as long as without
+    table.flatten(0, 1).index_add_(0, client * table.shape[1] + row, values)
     return table
 
 

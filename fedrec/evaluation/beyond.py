@@ -69,18 +69,18 @@ def diversity(lists: NDArray[np.int64], attributes: NDArray[np.floating[Any]], n
             f"The attributes have the shape {list(attributes.shape)} for a catalogue of {n_items:,} items; "
             "give one row for each item."
         )
-    lengths = np.linalg.norm(attributes, axis=1)
-    unit = attributes / np.where(lengths > 0, lengths, 1.0)[:, None]
-    # A last row of zeros stands for "no item": index -1 finds it.
-    unit = np.concatenate((unit, np.zeros((1, unit.shape[1]))))
-    lengths = np.append(lengths, 0.0)
     cosines = np.empty(len(lists))
-    step = max(1, _BLOCK_VALUES // max(lists.shape[1] * unit.shape[1], 1))
+    step = max(1, _BLOCK_VALUES // max(lists.shape[1] * attributes.shape[1], 1))
     for start in range(0, len(lists), step):
-        block = slice(start, start + step)
-        total = unit[lists[block]].sum(axis=1)
+        block = lists[start : start + step]
+        vectors = attributes[block]
+        lengths = np.linalg.norm(vectors, axis=2)
+        lengths[block < 0] = 0.0
+        has = lengths > 0
+        unit = vectors / np.where(has, lengths, np.inf)[:, :, None]
+        total = unit.sum(axis=1, dtype=np.float64)
         # The squared length of the sum is the sum over all ordered pairs, each item with itself included.
-        cosines[block] = np.square(total).sum(axis=1) - (lengths[lists[block]] > 0).sum(axis=1)
+        cosines[start : start + step] = np.square(total).sum(axis=1) - has.sum(axis=1)
     n_listed = (lists >= 0).sum(axis=1)
     n_pairs = n_listed * (n_listed - 1)
     return np.where(n_pairs > 0, 1.0 - cosines / np.maximum(n_pairs, 1), 0.0)

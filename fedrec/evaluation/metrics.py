@@ -214,6 +214,8 @@ def _new_item_metrics(
     """Return who has a new item among the `targets`, [p], and the ranking metrics of these items alone, [p] each."""
     rows, is_new = targets.rows, targets.items >= n_known_items
     people = np.unique(rows[is_new])
+    if len(people) == 0:
+        return people, {}
     among = np.isin(rows, people)
     row_of = np.searchsorted(people, rows)
     new, old = among & is_new, among & ~is_new

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -20,6 +21,8 @@ _BLOCK_VALUES = 1 << 18
 """Scores looked at in one go: small enough to stay in the cache."""
 _SORT_FROM = 5
 """Targets per person from which sorting the scores once beats comparing them with each target."""
+_GROUPS_FROM, _GROUPS_PER_PLACE = 256, 16
+"""Groups that items are cut into for a first guess at the best ones: so many, or so many for each place of the list."""
 _WORST = np.finfo(np.float32).min
 
 
@@ -115,14 +118,20 @@ class Candidates:
             raise DataError(f"Scores to rank must have the shape [people, items], not {list(scores.shape)}.")
         rows, items = (known.rows, known.items) if isinstance(known, ItemLists) else known
         _check_inside(scores, rows, items, "known")
-        masked = np.fmax(scores, _WORST, dtype=np.float32)
-        masked[rows, items] = -np.inf
+        masked = np.array(scores, np.float32, order="C")
+        # The smallest score is NaN where any is: looking costs a quarter of replacing.
+        if masked.size and not masked.min() >= _WORST:
+            np.fmax(masked, _WORST, out=masked)
+        masked.reshape(-1)[rows * scores.shape[1] + items] = -np.inf
         return cls(masked)
 
     @property
     def n_candidates(self) -> NDArray[np.int64]:
         """[b] how many items each person may be recommended."""
-        return np.asarray(np.count_nonzero(self.scores > -np.inf, axis=1), np.int64)
+        counts = np.empty(len(self.scores), np.int64)
+        for block in _row_blocks(*self.scores.shape):
+            counts[block] = self._flags.at_least(self.scores[block], _WORST).sum()
+        return counts
 
     def unknown(self, targets: Targets) -> Targets:
         """Return the targets that are candidates, each once and in ascending order per person.
@@ -131,12 +140,11 @@ class Candidates:
             DataError: the targets are not of as many people, or name an item that has no score.
         """
         b, n_items = self.scores.shape
-        if len(targets.offsets) - 1 != b:
-            raise DataError(f"There are scores for {b:,} people and targets for {len(targets.offsets) - 1:,}.")
-        _check_inside(self.scores, targets.rows, targets.items, "target")
-        rows, items = np.divmod(np.unique(targets.rows * n_items + targets.items), max(n_items, 1))
-        kept = self.scores[rows, items] > -np.inf
-        return ItemLists.from_pairs(rows[kept], items[kept], b)
+        places = self._places(targets)
+        if (places[1:] <= places[:-1]).any():
+            places = np.unique(places)
+        rows, items = np.divmod(places[self.scores.reshape(-1)[places] > -np.inf], max(n_items, 1))
+        return ItemLists.from_pairs(rows, items, b)
 
     def rank(self, targets: Targets) -> RankedTargets:
         """Rank the targets; see `rank_targets`."""
@@ -146,7 +154,7 @@ class Candidates:
         order = np.lexsort((targets.items, -scores, rows))
         targets, scores = ItemLists(targets.offsets, targets.items[order]), scores[order]
         starts = targets.offsets[rows]
-        above = _n_at_least(self.scores, rows, scores) - (_run_ends(rows, scores) - starts)
+        above = _n_at_least(self.scores, rows, scores, self._flags) - (_run_ends(rows, scores) - starts)
         return RankedTargets(targets, np.arange(len(rows)) - starts + 1 + above, self.n_candidates)
 
     def top_k(self, k: int, targets: Targets) -> NDArray[np.int64]:
@@ -154,22 +162,33 @@ class Candidates:
         b, n_items = self.scores.shape
         if k < 1:
             raise ConfigError(f"A list of the best {k} items is empty; ask for 1 or more.")
-        lists = np.full((b, k), -1, np.int64)
-        targets = self.unknown(targets)
-        owners = targets.rows
+        lists = np.empty((b, k), np.int64)
+        target_places = self._places(targets)
         for block in _row_blocks(b, n_items):
             scores = self.scores[block]
-            kth = np.partition(scores, n_items - k, axis=1)[:, n_items - k, None] if k < n_items else _WORST
-            rows, items = np.nonzero(scores >= np.maximum(kth, _WORST))
-            is_target = np.zeros(scores.shape, np.bool_)
-            mine = slice(targets.offsets[block.start], targets.offsets[block.stop])
-            is_target[owners[mine] - block.start, targets.items[mine]] = True
-            order = np.lexsort((items, is_target[rows, items], -scores[rows, items], rows))
-            rows, items = rows[order], items[order]
-            place = np.arange(len(rows)) - np.searchsorted(rows, rows)
-            kept = place < k
-            lists[rows[kept] + block.start, place[kept]] = items[kept]
+            rows, items = self._flags.at_least(scores, _bound_of_kth(scores, k)).where()
+            keys = _falling(rows, scores[rows, items])
+            order = np.argsort(keys)
+            if (np.diff(keys[order]) == 0).any():
+                is_target = np.isin((rows + block.start) * n_items + items, target_places)
+                order = np.lexsort((items, is_target, keys))
+            starts = np.searchsorted(rows, np.arange(len(scores) + 1))
+            place = starts[:-1, None] + np.arange(k)
+            lists[block] = np.append(items[order], -1)[np.where(place < starts[1:, None], place, -1)]
         return lists
+
+    @cached_property
+    def _flags(self) -> _Flags:
+        return _Flags(self.scores.shape[1])
+
+    def _places(self, targets: Targets) -> NDArray[np.int64]:
+        """Return where the targets' scores lie in the flattened ones, [T], having checked that they do."""
+        b, n_items = self.scores.shape
+        if len(targets.offsets) - 1 != b:
+            raise DataError(f"There are scores for {b:,} people and targets for {len(targets.offsets) - 1:,}.")
+        rows = targets.rows
+        _check_inside(self.scores, rows, targets.items, "target")
+        return rows * n_items + targets.items
 
 
 def rank_targets(scores: NDArray[np.float32], known: Known, targets: Targets) -> RankedTargets:
@@ -268,10 +287,69 @@ def _check_inside(scores: NDArray[np.float32], rows: NDArray[np.int64], items: N
             )
 
 
+def _rows_per_block(n_columns: int) -> int:
+    return max(1, _BLOCK_VALUES // max(n_columns, 1))
+
+
 def _row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_VALUES // max(n_columns, 1))
+    step = _rows_per_block(n_columns)
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
+
+
+class _Flags:
+    """Which scores of a block of rows are high enough: one byte each, in memory that block after block uses again.
+
+    The bytes of a row are added eight at a time, as numbers of 64 bits: no more than 255 of these, so that no byte
+    overflows into the next.
+    """
+
+    def __init__(self, n_columns: int) -> None:
+        n_words = max(1, -(-n_columns // 8))
+        n_chunks = -(-n_words // 255)
+        self._words = np.zeros((_rows_per_block(n_columns), n_chunks, -(-n_words // n_chunks)), np.uint64)
+        self._bytes = self._words.view(np.bool_).reshape(len(self._words), -1)
+        self._n_columns, self._n_rows = n_columns, 0
+
+    def at_least(self, scores: NDArray[np.float32], thresholds: NDArray[np.float32] | np.float32) -> _Flags:
+        """Flag the scores of a block, [r, n], that are at least as high as thresholds [r, 1]."""
+        self._n_rows = len(scores)
+        np.greater_equal(scores, thresholds, out=self._bytes[: self._n_rows, : self._n_columns])
+        return self
+
+    def sum(self) -> NDArray[np.int64]:
+        """Return how many scores of each row are flagged, [r]."""
+        sums = self._words[: self._n_rows].sum(axis=2)
+        return np.asarray(sums.view(np.uint8).sum(axis=1, dtype=np.int64))
+
+    def where(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return rows and columns of the flagged scores, row by row."""
+        return np.divmod(np.flatnonzero(self._bytes[: self._n_rows]), self._bytes.shape[1])
+
+
+def _bound_of_kth(scores: NDArray[np.float32], k: int) -> NDArray[np.float32] | np.float32:
+    """Return finite numbers, [r, 1], at most as high as the k-th best of each row and hardly lower.
+
+    The k best among the maxima of groups of scores are k different scores: the k-th best of all is no lower.
+    """
+    n = scores.shape[1]
+    if k >= n:
+        return _WORST
+    n_groups = max(_GROUPS_FROM, _GROUPS_PER_PLACE * k)
+    if n >= 2 * n_groups:
+        whole = n - n % n_groups
+        maxima = scores[:, :whole].reshape(len(scores), -1, n_groups).max(axis=1)
+        rest = maxima[:, : n - whole]
+        np.maximum(rest, scores[:, whole:], out=rest)
+        scores = maxima
+    place = scores.shape[1] - k
+    return np.maximum(np.partition(scores, place, axis=1)[:, place, None], _WORST)
+
+
+def _falling(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return numbers, [T], in the order of (row, falling score), equal where both are: quicker to sort than pairs."""
+    bits = (scores + np.float32(0)).view(np.int32)  # adding 0 turns -0 into it: they tie
+    return (rows << 32) - np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits)
 
 
 def _run_ends(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -283,14 +361,21 @@ def _run_ends(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[n
 
 
 def _n_at_least(
-    scores: NDArray[np.float32], rows: NDArray[np.int64], thresholds: NDArray[np.float32]
+    scores: NDArray[np.float32],
+    rows: NDArray[np.int64],
+    thresholds: NDArray[np.float32],
+    flags: _Flags | None = None,
 ) -> NDArray[np.int64]:
     """Return for each of T thresholds how many scores of its row, in ascending rows, are at least as high: [T]."""
     if len(rows) >= _SORT_FROM * len(scores):
         return _n_at_least_sorting(scores, rows, thresholds)
+    flags = flags or _Flags(scores.shape[1])
     counts = np.empty(len(rows), np.int64)
     for block in _row_blocks(len(rows), scores.shape[1]):
-        counts[block] = np.count_nonzero(scores[rows[block]] >= thresholds[block, None], axis=1)
+        mine = rows[block]
+        # One target each is the common case, and then the rows need no copy.
+        own = scores[mine[0] : mine[-1] + 1] if (np.diff(mine) == 1).all() else scores[mine]
+        counts[block] = flags.at_least(own, thresholds[block, None]).sum()
     return counts
 
 

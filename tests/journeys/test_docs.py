@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def test_the_page_of_experiment_keys_is_current() -> None:
+def test_the_pages_written_from_code_and_results_are_current() -> None:
     spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
     assert spec is not None
     assert spec.loader is not None
@@ -23,6 +23,7 @@ def test_the_page_of_experiment_keys_is_current() -> None:
     spec.loader.exec_module(reference)
     assert (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8") == reference.page()
     assert "|  |" not in reference.page(), "a key has no docstring"
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == reference.results_page()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

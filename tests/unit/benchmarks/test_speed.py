@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -107,15 +106,6 @@ def test_contenders_take_turns_and_the_first_call_does_not_count() -> None:
     seconds = speed.timed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, "test")
     assert calls == list("ababab")
     assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
-
-
-def test_workers_are_skipped_with_a_reason_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without(log: Any, catalog: Any) -> None: ...
-
-    monkeypatch.setattr(speed, "LogPool", without)
-    (row,) = speed.workers_rows(quick=True, repeats=1)
-    assert "skipped: this LogPool has no workers" in row.what
-    assert row.holds is None
 
 
 def test_a_contender_that_fails_is_skipped_with_its_last_words() -> None:
