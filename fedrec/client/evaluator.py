@@ -23,8 +23,8 @@ from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import EvaluateTask, FitTask
 from fedrec.random import Key
 
-BLOCK = 64
-"""People judged in one computation."""
+SCORES = 1 << 21
+"""How many scores are ranked in one computation: enough to spread the cost of calls, few enough for the memory."""
 PERSONAL_BLOCK = 32
 """People whose own models are held at the same time."""
 
@@ -43,11 +43,13 @@ def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemC
     model = restore(plan.model, plan.n_items, plan.params)
     attributes = catalog.attribute_matrix[: plan.n_items]
     sums = Accumulator()
-    for start in range(0, len(cohort), BLOCK):
-        people = cohort.take(slice(start, start + BLOCK))
+    block = people_at_once(plan.n_items, task.probes)
+    buffer = np.empty((min(block, len(cohort)) * (task.probes or 1), plan.n_items), np.float32)
+    for start in range(0, len(cohort), block):
+        people = cohort.take(slice(start, start + block))
         owner, asked = ask(people, task.probes)
         if task.personalise is None:
-            scores = _scores(model, asked)
+            scores = _scores(model, asked, buffer[: len(asked)])
         else:
             scores = _own_scores(model, people, asked, owner, task.personalise, plan.key.child("local-only"))
         metrics = evaluate_people(
@@ -58,12 +60,18 @@ def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemC
             task.ks,
             attributes=attributes,
             popularity=plan.inputs["popularity"],
+            overwrite=True,
             returning=people.low[owner] > 0,
             sampled=(task.sampled_negatives, asked.ids, plan.key.child("sampled")) if task.sampled_negatives else None,
         )
         weights = poisson_weights(plan.key.child("bootstrap"), people.ids, task.replicates)
         sums.fold(contributions(average_people(metrics, owner, len(people)), weights))
     return Tally(sums.value(), len(cohort), {})
+
+
+def people_at_once(n_items: int, probes: int | None = None) -> int:
+    """Return how many people to judge in one computation, each asked up to `probes` times."""
+    return max(1, SCORES // (n_items * (probes or 1)))
 
 
 def ask(people: Cohort, probes: int | None) -> tuple[NDArray[np.int64], Cohort]:
@@ -89,8 +97,8 @@ def item_lists(cohort: Cohort, low: NDArray[np.int64], high: NDArray[np.int64]) 
     return ItemLists(offsets, cohort.log.item[rows].astype(np.int64))
 
 
-def _scores(model: Recommender, cohort: Cohort) -> NDArray[np.float32]:
-    return score_all(model, histories(cohort, cohort.low, model.spec))
+def _scores(model: Recommender, cohort: Cohort, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    return score_all(model, histories(cohort, cohort.low, model.spec), out)
 
 
 def _own_scores(

@@ -40,7 +40,7 @@ def novelty(lists: NDArray[np.int64], popularity: NDArray[np.number[Any]], n_ite
     counts[: len(popularity)] += np.maximum(popularity, 0)
     bits = np.log2(counts.sum()) - np.log2(counts)
     listed = lists >= 0
-    total = np.where(listed, bits[np.where(listed, lists, 0)], 0.0).sum(axis=1)
+    total = np.append(bits, 0.0)[lists].sum(axis=1)  # index -1, no item, finds the 0
     return np.asarray(total / np.maximum(listed.sum(axis=1), 1))
 
 
@@ -73,14 +73,13 @@ def diversity(lists: NDArray[np.int64], attributes: NDArray[np.floating[Any]], n
     step = max(1, _BLOCK_VALUES // max(lists.shape[1] * attributes.shape[1], 1))
     for start in range(0, len(lists), step):
         block = lists[start : start + step]
-        vectors = attributes[block]
-        lengths = np.linalg.norm(vectors, axis=2)
-        lengths[block < 0] = 0.0
-        has = lengths > 0
-        unit = vectors / np.where(has, lengths, np.inf)[:, :, None]
-        total = unit.sum(axis=1, dtype=np.float64)
+        vectors = attributes[block].astype(np.float64)
+        squares = np.einsum("pka,pka->pk", vectors, vectors)
+        has = (squares > 0) & (block >= 0)
+        scale = has / np.sqrt(np.where(has, squares, 1.0))
+        total = (scale[:, None] @ vectors)[:, 0]
         # The squared length of the sum is the sum over all ordered pairs, each item with itself included.
-        cosines[start : start + step] = np.square(total).sum(axis=1) - has.sum(axis=1)
+        cosines[start : start + step] = np.einsum("pa,pa->p", total, total) - has.sum(axis=1)
     n_listed = (lists >= 0).sum(axis=1)
     n_pairs = n_listed * (n_listed - 1)
     return np.where(n_pairs > 0, 1.0 - cosines / np.maximum(n_pairs, 1), 0.0)

@@ -96,28 +96,29 @@ def per_person(ranked: RankedTargets, ks: Sequence[int]) -> tuple[dict[str, NDAr
 
     Source: nDCG: Jarvelin and Kekalainen, TOIS 2002; auc: Rendle et al., UAI 2009, section 4.1.1.
     """
-    rows, ranks, n_targets = ranked.targets.rows, ranked.ranks, ranked.targets.counts
+    rows, ranks, places, n_targets = ranked.targets.rows, ranked.ranks, ranked.places, ranked.targets.counts
     judged = n_targets > 0
     divisor = np.where(judged, n_targets, np.nan)
+    ones = np.where(judged, 1.0, np.nan)
 
     def summed(values: NDArray[Any]) -> NDArray[np.float64]:
-        return np.bincount(rows, weights=values, minlength=len(n_targets)).astype(np.float64)
+        return np.asarray(np.bincount(rows, weights=values, minlength=len(n_targets)), np.float64)
 
     gains = 1.0 / np.log2(ranks + 1.0)
-    reciprocal = summed(np.where(ranked.places == 1, 1.0 / ranks, 0.0)) * (divisor / divisor)
+    reciprocal = summed((places == 1) / ranks) * ones
     values: dict[str, NDArray[np.float64]] = {}
     for k in ks:
         inside = ranks <= k
-        hits = summed(inside) * (divisor / divisor)
+        hits = summed(inside) * ones
         ideal = np.concatenate(([0.0], np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))))
         values[f"hr@{k}"] = np.minimum(hits, 1.0)
-        values[f"ndcg@{k}"] = summed(gains * inside) / np.where(judged, ideal[np.minimum(k, n_targets)], np.nan)
+        values[f"ndcg@{k}"] = summed(gains * inside) / (ideal[np.minimum(k, n_targets)] * ones)
         values[f"recall@{k}"] = hits / divisor
         values[f"precision@{k}"] = hits / k
         values[f"mrr@{k}"] = reciprocal * values[f"hr@{k}"]
     values["mrr"] = reciprocal
     n_others = (ranked.n_candidates - n_targets)[rows]
-    n_above = ranks - ranked.places
+    n_above = ranks - places
     values["auc"] = summed(np.where(n_others > 0, 1.0 - n_above / np.maximum(n_others, 1), 1.0)) / divisor
     return values, judged
 
@@ -133,6 +134,7 @@ def evaluate_people(
     popularity: NDArray[np.number[Any]],
     returning: NDArray[np.bool_] | None = None,
     sampled: tuple[int, NDArray[np.int64], Key] | None = None,
+    overwrite: bool = False,
 ) -> PeopleMetrics:
     """Evaluate one recommender on b people.
 
@@ -151,21 +153,23 @@ def evaluate_people(
         returning: [b] who counts as returning; those with anything known if not given.
         sampled: how many items to draw, [b] client numbers and the stream of the draws: adds the group ``sampled``; see
             `sampled_ranks`.
+        overwrite: the scores are not needed afterwards; their memory is used, which saves a copy.
 
     Raises:
         ConfigError: the cut-offs make no sense.
         DataError: shapes do not fit together, or a number is out of range.
     """
     names = metric_names(ks)
-    candidates = Candidates.of(scores, known)
+    candidates = Candidates.of(scores, known, overwrite=overwrite)
     b, n_items = scores.shape
     ranked = candidates.rank(targets)
     accuracy, judged = per_person(ranked, ks)
     lists = candidates.top_k(max(ks), ranked.targets)[judged]
-    beyond = {f"novelty@{k}": novelty(lists[:, :k], popularity, n_items) for k in ks}
-    beyond |= {f"diversity@{k}": diversity(lists[:, :k], attributes, n_items) for k in ks}
     people = np.flatnonzero(judged)
-    values = np.stack([beyond[name] if name in beyond else accuracy[name][judged] for name in names], axis=1)
+    columns = {name: column[people] for name, column in accuracy.items()}
+    columns |= {f"novelty@{k}": novelty(lists[:, :k], popularity, n_items) for k in ks}
+    columns |= {f"diversity@{k}": diversity(lists[:, :k], attributes, n_items) for k in ks}
+    values = _replaced(np.empty((len(people), len(names))), names, columns)
     back = (ranked.n_candidates < n_items if returning is None else returning)[people]
     finders, found = _new_item_metrics(candidates, ranked.targets, n_known_items, ks)
     groups = {
@@ -205,7 +209,10 @@ def _replaced(
     values: NDArray[np.float64], names: tuple[str, ...], columns: Mapping[str, NDArray[np.float64]]
 ) -> NDArray[np.float64]:
     """Return the [p, M] values with some of the named columns, [p] each, put in place of the old ones."""
-    return np.stack([columns.get(name, values[:, j]) for j, name in enumerate(names)], axis=1)
+    values = values.copy()
+    for name, column in columns.items():
+        values[:, names.index(name)] = column
+    return values
 
 
 def _new_item_metrics(
@@ -215,7 +222,7 @@ def _new_item_metrics(
     rows, is_new = targets.rows, targets.items >= n_known_items
     people = np.unique(rows[is_new])
     if len(people) == 0:
-        return people, {}
+        return people, {}  # the common case where no item is new
     among = np.isin(rows, people)
     row_of = np.searchsorted(people, rows)
     new, old = among & is_new, among & ~is_new

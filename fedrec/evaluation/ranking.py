@@ -21,8 +21,10 @@ _BLOCK_VALUES = 1 << 18
 """Scores looked at in one go: small enough to stay in the cache."""
 _SORT_FROM = 5
 """Targets per person from which sorting the scores once beats comparing them with each target."""
-_GROUPS_FROM, _GROUPS_PER_PLACE = 256, 16
+_MIN_GROUPS, _GROUPS_PER_PLACE = 96, 8
 """Groups that items are cut into for a first guess at the best ones: so many, or so many for each place of the list."""
+_MAX_FOLDS = 8
+"""Parts of a row whose maximum is taken in one go."""
 _WORST = np.finfo(np.float32).min
 
 
@@ -56,12 +58,12 @@ class ItemLists:
         counts = np.bincount(rows, minlength=n_people)
         return cls(np.concatenate(([0], np.cumsum(counts))).astype(np.int64), np.asarray(items, np.int64)[order])
 
-    @property
+    @cached_property
     def counts(self) -> NDArray[np.int64]:
         """[b] how many items each person's list holds."""
         return np.diff(self.offsets)
 
-    @property
+    @cached_property
     def rows(self) -> NDArray[np.int64]:
         """[T] the person of each item."""
         return np.repeat(np.arange(len(self.offsets) - 1), self.counts)
@@ -104,12 +106,13 @@ class Candidates:
     scores: NDArray[np.float32]
 
     @classmethod
-    def of(cls, scores: NDArray[np.float32], known: Known) -> Candidates:
+    def of(cls, scores: NDArray[np.float32], known: Known, *, overwrite: bool = False) -> Candidates:
         """Mask what people know; a candidate's NaN or -inf becomes the smallest finite number.
 
         Args:
-            scores: [b, n_items] float32; not changed.
+            scores: [b, n_items] float32; not changed unless that is allowed.
             known: items that each person knows.
+            overwrite: the memory of the scores may be used for the candidates.
 
         Raises:
             DataError: the scores are no matrix, or `known` names a person or an item outside of it.
@@ -118,7 +121,7 @@ class Candidates:
             raise DataError(f"Scores to rank must have the shape [people, items], not {list(scores.shape)}.")
         rows, items = (known.rows, known.items) if isinstance(known, ItemLists) else known
         _check_inside(scores, rows, items, "known")
-        masked = np.array(scores, np.float32, order="C")
+        masked = np.array(scores, np.float32, order="C", copy=None if overwrite and scores.flags.writeable else True)
         # The smallest score is NaN where any is: looking costs a quarter of replacing.
         if masked.size and not masked.min() >= _WORST:
             np.fmax(masked, _WORST, out=masked)
@@ -128,10 +131,9 @@ class Candidates:
     @property
     def n_candidates(self) -> NDArray[np.int64]:
         """[b] how many items each person may be recommended."""
-        counts = np.empty(len(self.scores), np.int64)
-        for block in _row_blocks(*self.scores.shape):
-            counts[block] = self._flags.at_least(self.scores[block], _WORST).sum()
-        return counts
+        blocks = _row_blocks(*self.scores.shape)
+        counts = [self._flags.at_least(self.scores[block], _WORST).sum() for block in blocks]
+        return np.concatenate([np.zeros(0, np.int64), *counts])
 
     def unknown(self, targets: Targets) -> Targets:
         """Return the targets that are candidates, each once and in ascending order per person.
@@ -141,9 +143,10 @@ class Candidates:
         """
         b, n_items = self.scores.shape
         places = self._places(targets)
-        if (places[1:] <= places[:-1]).any():
-            places = np.unique(places)
-        rows, items = np.divmod(places[self.scores.reshape(-1)[places] > -np.inf], max(n_items, 1))
+        kept = self.scores.reshape(-1)[places] > -np.inf
+        if kept.all() and (places[1:] > places[:-1]).all():
+            return targets
+        rows, items = np.divmod(np.unique(places[kept]), max(n_items, 1))
         return ItemLists.from_pairs(rows, items, b)
 
     def rank(self, targets: Targets) -> RankedTargets:
@@ -186,9 +189,8 @@ class Candidates:
         b, n_items = self.scores.shape
         if len(targets.offsets) - 1 != b:
             raise DataError(f"There are scores for {b:,} people and targets for {len(targets.offsets) - 1:,}.")
-        rows = targets.rows
-        _check_inside(self.scores, rows, targets.items, "target")
-        return rows * n_items + targets.items
+        _check_inside(self.scores, targets.rows, targets.items, "target")
+        return np.asarray(targets.rows * n_items + targets.items, np.int64)
 
 
 def rank_targets(scores: NDArray[np.float32], known: Known, targets: Targets) -> RankedTargets:
@@ -280,19 +282,15 @@ def sampled_ranks(
 def _check_inside(scores: NDArray[np.float32], rows: NDArray[np.int64], items: NDArray[np.int64], what: str) -> None:
     b, n_items = scores.shape
     for numbers, limit, noun in ((rows, b, "person"), (items, n_items, "item")):
-        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < limit):
-            worst = int(numbers.max()) if numbers.max() >= limit else int(numbers.min())
-            raise DataError(
-                f"A {what} entry names {noun} {worst}, but the scores are of {b:,} people and {n_items:,} items."
-            )
-
-
-def _rows_per_block(n_columns: int) -> int:
-    return max(1, _BLOCK_VALUES // max(n_columns, 1))
+        if len(numbers):
+            low, high = numbers.min(), numbers.max()
+            if low < 0 or high >= limit:
+                entry = f"A {what} entry names {noun} {high if high >= limit else low}"
+                raise DataError(f"{entry}, but the scores are of {b:,} people and {n_items:,} items.")
 
 
 def _row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
-    step = _rows_per_block(n_columns)
+    step = max(1, _BLOCK_VALUES // max(n_columns, 1))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
@@ -307,7 +305,8 @@ class _Flags:
     def __init__(self, n_columns: int) -> None:
         n_words = max(1, -(-n_columns // 8))
         n_chunks = -(-n_words // 255)
-        self._words = np.zeros((_rows_per_block(n_columns), n_chunks, -(-n_words // n_chunks)), np.uint64)
+        n_rows = max(1, _BLOCK_VALUES // max(n_columns, 1))
+        self._words = np.zeros((n_rows, n_chunks, -(-n_words // n_chunks)), np.uint64)
         self._bytes = self._words.view(np.bool_).reshape(len(self._words), -1)
         self._n_columns, self._n_rows = n_columns, 0
 
@@ -323,8 +322,11 @@ class _Flags:
         return np.asarray(sums.view(np.uint8).sum(axis=1, dtype=np.int64))
 
     def where(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return rows and columns of the flagged scores, row by row."""
-        return np.divmod(np.flatnonzero(self._bytes[: self._n_rows]), self._bytes.shape[1])
+        """Return rows and columns of the flagged scores, row by row; quick where they are few."""
+        words = self._words[: self._n_rows].reshape(-1)
+        some = np.flatnonzero(words != 0)
+        nth, byte = np.divmod(np.flatnonzero(words[some].view(np.bool_)), 8)
+        return np.divmod(some[nth] * 8 + byte, self._bytes.shape[1])
 
 
 def _bound_of_kth(scores: NDArray[np.float32], k: int) -> NDArray[np.float32] | np.float32:
@@ -335,15 +337,16 @@ def _bound_of_kth(scores: NDArray[np.float32], k: int) -> NDArray[np.float32] | 
     n = scores.shape[1]
     if k >= n:
         return _WORST
-    n_groups = max(_GROUPS_FROM, _GROUPS_PER_PLACE * k)
-    if n >= 2 * n_groups:
-        whole = n - n % n_groups
-        maxima = scores[:, :whole].reshape(len(scores), -1, n_groups).max(axis=1)
-        rest = maxima[:, : n - whole]
-        np.maximum(rest, scores[:, whole:], out=rest)
-        scores = maxima
-    place = scores.shape[1] - k
-    return np.maximum(np.partition(scores, place, axis=1)[:, place, None], _WORST)
+    n_groups = max(_MIN_GROUPS, _GROUPS_PER_PLACE * k)
+    while n >= 2 * n_groups:
+        folds = min(_MAX_FOLDS, n // n_groups)
+        width = n // folds
+        maxima = scores[:, : folds * width].reshape(len(scores), folds, width).max(axis=1)
+        rest = maxima[:, : n - folds * width]
+        np.maximum(rest, scores[:, folds * width :], out=rest)
+        scores, n = maxima, width
+    # So few numbers are sorted sooner than partitioned.
+    return np.maximum(np.sort(scores, axis=1)[:, n - k, None], _WORST)
 
 
 def _falling(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -361,10 +364,7 @@ def _run_ends(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[n
 
 
 def _n_at_least(
-    scores: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    thresholds: NDArray[np.float32],
-    flags: _Flags | None = None,
+    scores: NDArray[np.float32], rows: NDArray[np.int64], thresholds: NDArray[np.float32], flags: _Flags | None = None
 ) -> NDArray[np.int64]:
     """Return for each of T thresholds how many scores of its row, in ascending rows, are at least as high: [T]."""
     if len(rows) >= _SORT_FROM * len(scores):

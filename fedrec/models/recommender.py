@@ -23,6 +23,9 @@ from fedrec.models.configs import AnyModelConfig
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
+SCORED = 64
+"""Histories scored in one computation; more would only take more memory."""
+
 
 class Recommender(nn.Module, ABC):
     """One model of taste.
@@ -115,8 +118,17 @@ def to_torch(batch: Batch) -> Batch:
 
 
 @torch.no_grad()
-def score_all(model: Recommender, histories: Histories) -> NDArray[np.float32]:
-    """Return [b, n_items] scores of the whole catalogue for b histories."""
+def score_all(model: Recommender, histories: Histories, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Return [b, n_items] scores of the whole catalogue for b histories.
+
+    Args:
+        model: the recommender.
+        histories: b of them.
+        out: [b, n_items] to write into, for callers that score often: fresh memory costs more than the scores.
+    """
     items, mask = (torch.from_numpy(np.ascontiguousarray(part)) for part in histories)
-    scores: NDArray[np.float32] = model.score(model.encode(items, mask)).numpy()
+    scores = np.empty((len(items), model.n_items), np.float32) if out is None else out
+    for start in range(0, len(items), SCORED):
+        part = slice(start, start + SCORED)
+        scores[part] = model.score(model.encode(items[part], mask[part])).numpy()
     return scores

@@ -161,7 +161,7 @@ def test_blocks_of_people_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     task = LAST.model_copy(update={"probes": 2, "window": LastWindow(skip=0, take=4)})
     people, asked = cohort(task.window), plan(task)
     whole = evaluate(asked, task, people, CATALOG)
-    monkeypatch.setattr("fedrec.client.evaluator.BLOCK", 7)
+    monkeypatch.setattr("fedrec.client.evaluator.SCORES", 7 * asked.n_items * 2)
     parts = evaluate(asked, task, people, CATALOG)
     assert whole.sums.keys() == parts.sums.keys()
     for name, value in whole.sums.items():

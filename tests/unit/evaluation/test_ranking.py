@@ -100,6 +100,42 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+@pytest.mark.parametrize("n_values", [7, 500, 1 << 20])
+@pytest.mark.parametrize("k", [1, 10, 90])
+def test_lists_from_wide_catalogues_agree_with_the_slow_twin(n_values: int, k: int) -> None:
+    generator = np.random.default_rng(k)
+    scores = generator.integers(-n_values, n_values, (5, 2_111)).astype(np.float32)
+    scores[generator.random(scores.shape) < 0.02] = NAN
+    scores[1] = np.sort(scores[1])
+    scores[2, 40:] = NAN
+    known = lists(*(generator.integers(0, 2_111, 300).tolist() for _ in range(5)))
+    targets = lists(*(generator.integers(0, 2_111, 9).tolist() for _ in range(5)))
+    best, ranked = top_k(scores, known, k, targets), rank_targets(scores, known, targets)
+    for person, own in enumerate(as_lists(known.items, known)):
+        wanted = as_lists(targets.items, targets)[person]
+        order = slow_ranking(scores[person].tolist(), own, wanted)
+        assert best[person].tolist() == [item for item, _ in order[:k]]
+        expected = [rank for rank, (_, hit) in enumerate(order, 1) if hit]
+        assert as_lists(ranked.ranks, ranked.targets)[person] == expected
+
+
+def test_bytes_are_counted_beyond_what_one_byte_holds() -> None:
+    # 70,001 candidates that all tie: every flag is set, and the target is last.
+    ranked = rank_targets(np.zeros((2, 70_001), np.float32), NOBODY_KNOWS, lists([3], [70_000]))
+    assert (ranked.ranks.tolist(), ranked.n_candidates.tolist()) == ([70_001] * 2, [70_001] * 2)
+
+
+def test_scores_may_be_overwritten_only_if_that_is_allowed() -> None:
+    known = (np.array([0]), np.array([1]))
+    kept, given_up, frozen = row(1, NAN, NAN), row(1, NAN, NAN), row(1, NAN, NAN)
+    frozen.flags.writeable = False
+    expected = Candidates.of(kept, known).scores
+    np.testing.assert_array_equal(kept, row(1, NAN, NAN))
+    for scores in (given_up, frozen):
+        np.testing.assert_array_equal(Candidates.of(scores, known, overwrite=True).scores, expected)
+    np.testing.assert_array_equal(given_up, expected)
+
+
 def test_rank_of_one_target_by_hand() -> None:
     assert rank_targets(row(0.1, 0.9, 0.5, 0.7), NOBODY_KNOWS, lists([2])).ranks.tolist() == [3]
 
