@@ -100,7 +100,8 @@ def _scores(people: People, part: slice, out: NDArray[np.float32]) -> NDArray[np
     rows = range(part.start, part.stop, SCORED)
     for row in rows:
         end = min(row + SCORED, part.stop)
-        out[row - part.start : end - part.start] = (torch.from_numpy(people.users[row:end]) @ items).numpy()
+        place = torch.from_numpy(out[row - part.start : end - part.start])
+        torch.mm(torch.from_numpy(people.users[row:end]), items, out=place)
     return out[: part.stop - part.start]
 
 

@@ -190,6 +190,6 @@ def count(task: CountTask, cohort: Cohort, n_items: int) -> Tally:
 
 
 def _by_length(cohort: Cohort, block: int) -> list[Cohort]:
-    """Cut the cohort into blocks of similar history length, so that little is padding."""
+    """Cut the cohort into even blocks of similar history length, so that little is padding and none is a remnant."""
     order = np.argsort(cohort.high, kind="stable")
-    return [cohort.take(order[start : start + block]) for start in range(0, len(cohort), block)]
+    return [cohort.take(part) for part in np.array_split(order, -(-len(order) // block)) if len(part)]

@@ -56,6 +56,10 @@ class Factorisation(Recommender):
             return users @ self.item.T
         return torch.bmm(rows(self.item, items), users[..., None])[..., 0]
 
+    def score_into(self, users: Float[Tensor, "b d"], out: Float[Tensor, "b n"]) -> None:
+        """Write the scores of the whole catalogue into `out`."""
+        torch.mm(users, self.item.T, out=out)
+
     def local_start(self, batch: Batch) -> dict[str, Tensor]:
         """Return the solved user vectors."""
         return {"user": self.encode(batch.inputs, batch.input_mask).detach()}

@@ -58,6 +58,10 @@ class Recommender(nn.Module, ABC):
     ) -> Float[Tensor, "b n"] | Float[Tensor, "b k"]:
         """Return each person's score of the given items, or of the whole catalogue."""
 
+    def score_into(self, users: Float[Tensor, "b d"], out: Float[Tensor, "b n"]) -> None:
+        """Write each person's scores of the whole catalogue into `out`; a single product can save the copy."""
+        out.copy_(self.score(users))
+
     @abstractmethod
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return one loss per person, never reduced over people.
@@ -130,5 +134,5 @@ def score_all(model: Recommender, histories: Histories, out: NDArray[np.float32]
     scores = np.empty((len(items), model.n_items), np.float32) if out is None else out
     for start in range(0, len(items), SCORED):
         part = slice(start, start + SCORED)
-        scores[part] = model.score(model.encode(items[part], mask[part])).numpy()
+        model.score_into(model.encode(items[part], mask[part]), torch.from_numpy(scores[part]))
     return scores

@@ -116,6 +116,10 @@ class Transformer(Recommender):
             return users @ self.item.T
         return torch.einsum("bd,bkd->bk", users, rows(self.item, items))
 
+    def score_into(self, users: Float[Tensor, "b d"], out: Float[Tensor, "b n"]) -> None:
+        """Write the scores of the whole catalogue into `out`."""
+        torch.mm(users, self.item.T, out=out)
+
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the mean softmax loss over each person's targets, with dropout seeded by the batch."""
         n, c = batch.inputs.shape[1], self.config

@@ -333,3 +333,14 @@ def test_an_impersonal_model_puts_what_most_people_took_first() -> None:
     assert len(set(counts.tolist())) > 3
     assert (np.diff(counts[np.argsort(-scores[0], kind="stable")]) <= 0).all()
     assert np.array_equal(scores[0], scores[1])
+
+
+# Scoring into memory that is there already
+
+
+@torch.no_grad()
+def test_scores_written_into_memory_are_the_scores(model: Recommender, batch: Batch) -> None:
+    users = model.encode(batch.inputs, batch.input_mask)
+    out = torch.full((len(users), N_ITEMS), float("nan"))
+    model.score_into(users, out)
+    close(out, model.score(users))
