@@ -17,7 +17,8 @@ from fedrec.config import Experiment
 HEAD = """# Experiments
 
 An experiment is one TOML file; `fedrec simulate FILE.toml` runs it. Every key has a default except `model.kind`. An
-unknown key is an error that names the nearest one. Where a table has a `kind`, the kind decides which keys it takes.
+unknown key is an error that names the nearest one. Where a table has a `kind` or a `mode`, that decides which keys it
+takes.
 
 Experiments that come with fedrec (run them by name, for example `fedrec simulate ml100k_leave_one_out`):
 
@@ -40,10 +41,11 @@ def section(settings: type[BaseModel], path: str) -> str:
         dotted = f"{path}.{name}" if path else name
         members = [m for m in (get_args(field.annotation) or (field.annotation,)) if is_settings(m)]
         inside += [(member, dotted) for member in members]
-        if not members and name != "kind":
+        if not members and name not in ("kind", "mode"):
             rows.append(f"| `{dotted}` | {shown(field.default)} | {(field.description or '').strip()} |")
-    kind = settings.model_fields.get("kind")
-    title = f"## `{path}`" + (f', kind = "{kind.default}"' if kind else "") if path else "## Top level"
+    tag = next((name for name in ("kind", "mode") if name in settings.model_fields), None)
+    told = f', {tag} = "{settings.model_fields[tag].default}"' if tag else ""
+    title = f"## `{path}`{told}" if path else "## Top level"
     about = (settings.__doc__ or "").strip()
     table = "| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n" if rows else ""
     return f"{title}\n\n{about}\n\n{table}\n" + "".join(section(member, dotted) for member, dotted in inside)

@@ -14,6 +14,7 @@ from fedrec import __version__
 from fedrec.data.commands import app as data_app
 from fedrec.errors import FedrecError
 from fedrec.server.commands import app as releases_app
+from fedrec.server.privacy_commands import app as privacy_app
 
 app = typer.Typer(
     name="fedrec",
@@ -23,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data", help="Data sets: list, fetch, describe, import.")
+app.add_typer(privacy_app, name="privacy", help="Plan a privacy budget, show a ledger.")
 app.add_typer(releases_app, name="releases", help="Releases: list, show, promote, roll back, verify.")
 
 RegistryOption = Annotated[
@@ -58,7 +60,7 @@ def simulate(
     """Run an experiment: a lifelong federated run with progress, report (HTML and JSON) and a registry of releases."""
     from rich.console import Console
 
-    from fedrec.config import Experiment, PoissonCohort, StreamSplit
+    from fedrec.config import Experiment, PoissonCohort
 
     settings = Experiment.find(experiment)
     if seed is not None:
@@ -69,10 +71,9 @@ def simulate(
     from fedrec.progress import RunProgress
 
     notes = Console(stderr=True)
-    n_slices = settings.split.later + 1 if isinstance(settings.split, StreamSplit) else 1
     cohort = settings.training.cohort
     expected = cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
-    with RunProgress(notes, n_slices, expected) as bars:
+    with RunProgress(notes, settings.n_slices, expected) as bars:
         document, folder = run(
             settings,
             runs=out,

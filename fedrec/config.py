@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedrec.data.features import FeatureSettings
+from fedrec.data.slices import LastWindow, TimeWindow
 from fedrec.errors import ConfigError, nearest
 from fedrec.models.configs import TrainedConfig
+from fedrec.privacy.settings import NoPrivacy, Privacy
 from fedrec.protocol.codec import Codec, Float, Plain
-from fedrec.protocol.task import LocalTraining
+from fedrec.protocol.task import CooccurrenceTask, LocalTraining
 
 
 class _Settings(BaseModel):
@@ -102,6 +105,30 @@ class StageConfig(_Settings):
     """Factor on the server's learning rate in this stage."""
 
 
+class StatisticsConfig(_Settings):
+    """One round of co-occurrence statistics a slice; the spectral model is made from it."""
+
+    sketch: Literal["pairs", "features"] = "pairs"
+    """See `CooccurrenceTask.sketch`: "pairs" to a trusted server, "features" where sums are masked."""
+    item_share: float = Field(default=0.75, ge=0, le=1)
+    """Share of a contribution's squared norm that goes to pairs of items; 0 in a sketch of features."""
+    feature_share: float = Field(default=0.22, ge=0, le=1)
+    """Share that goes to the feature space."""
+    count_share: float = Field(default=0.03, ge=0, le=1)
+    """Share that goes to the counts."""
+    last: int = Field(default=200, ge=2)
+    """How many of the newest interactions are looked at."""
+    lag: int = Field(default=20, ge=1)
+    """How many steps apart two interactions may be."""
+    decay: float = Field(default=0.9, gt=0, le=1)
+    """Weight of each further step between them."""
+    features: FeatureSettings = FeatureSettings()
+
+    def task(self, window: TimeWindow | LastWindow) -> CooccurrenceTask:
+        """Return the task of one slice."""
+        return CooccurrenceTask(window=window, **self.model_dump(exclude={"features"}))
+
+
 class TrainingConfig(_Settings):
     """How the shared model learns."""
 
@@ -110,6 +137,8 @@ class TrainingConfig(_Settings):
     server: Annotated[SgdConfig | AdamConfig, Field(discriminator="kind")] = AdamConfig()
     average: float = Field(default=0.0, ge=0, lt=1)
     """Release an exponential moving average of the parameters over the rounds, with this decay; 0: the last ones."""
+    statistics: StatisticsConfig | None = None
+    """Gather co-occurrence statistics before training; the spectral model needs them."""
     base: StageConfig = StageConfig(rounds=200, warmup=10, final=0.1)
     """The first slice."""
     later: StageConfig = StageConfig(rounds=50, final=0.1)
@@ -171,8 +200,14 @@ class Experiment(_Settings):
     split: Annotated[StreamSplit | LeaveOneOutSplit, Field(discriminator="kind")] = StreamSplit()
     model: TrainedConfig
     training: TrainingConfig = TrainingConfig()
+    privacy: Privacy = NoPrivacy()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def n_slices(self) -> int:
+        """How many releases the run will publish."""
+        return self.split.later + 1 if isinstance(self.split, StreamSplit) else 1
 
     def digest(self) -> str:
         """Return the SHA-256 of everything that decides the result; `runtime` does not count."""
@@ -253,7 +288,7 @@ def _fields_at(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
     path: list[str] = []
     members: tuple[Any, ...] = ()
     for part in location:
-        tagged = [m for m in members if m.model_fields["kind"].default == part]
+        tagged = [m for m in members if (m.model_fields.get("kind") or m.model_fields["mode"]).default == part]
         members = ()
         if tagged:
             settings = tagged[0]

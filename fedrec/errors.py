@@ -8,6 +8,8 @@ FedrecError
     TallyRefused   a node's reply failed validation before it was folded
   RegistryError    a release or a checkpoint cannot be written, found or trusted
     CorruptRelease its bytes do not match its digest
+  PrivacyError     a privacy setting, a charge or a ledger makes no sense
+    BudgetExhausted  the next release would spend more than the budget
   RunError         a run cannot go on (no clients, no nodes, wrong experiment to resume)
 
 Every message is one sentence that says what was wrong, where, and what to do. The command line prints it and exits 1.
@@ -49,6 +51,14 @@ class RegistryError(FedrecError):
 
 class CorruptRelease(RegistryError):
     """The bytes of a release do not match the digest in its manifest."""
+
+
+class PrivacyError(FedrecError):
+    """A privacy setting, a charge or a ledger makes no sense."""
+
+
+class BudgetExhausted(PrivacyError):
+    """The next release would spend more than the budget; nothing was sent."""
 
 
 class RunError(FedrecError):

@@ -13,7 +13,7 @@ from fedrec.data.catalog import ItemCatalog
 from fedrec.data.slices import resolve
 from fedrec.errors import ProtocolError
 from fedrec.evaluation.intervals import contributions, poisson_weights
-from fedrec.evaluation.metrics import average_people, evaluate_people
+from fedrec.evaluation.metrics import ALL, PeopleMetrics, average_people, evaluate_people, private_names
 from fedrec.evaluation.ranking import ItemLists
 from fedrec.models.build import restore
 from fedrec.models.recommender import Recommender, score_all, set_params
@@ -64,9 +64,23 @@ def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemC
             returning=people.low[owner] > 0,
             sampled=(task.sampled_negatives, asked.ids, plan.key.child("sampled")) if task.sampled_negatives else None,
         )
+        if task.private:
+            sums.fold(bounded(average_people(metrics, owner, len(people)), task.ks))
+            continue
         weights = poisson_weights(plan.key.child("bootstrap"), people.ids, task.replicates)
         sums.fold(contributions(average_people(metrics, owner, len(people)), weights))
     return Tally(sums.value(), len(cohort), {})
+
+
+def bounded(people: PeopleMetrics, ks: tuple[int, ...]) -> dict[str, NDArray[np.float64]]:
+    """Return ``{"metrics": [M + 1]}``: sums of `private_names` over all people, then how many people.
+
+    Every entry of a person's row is in [0, 1], so its norm is at most `private_norm`, whatever the person did.
+    """
+    group = people.groups[ALL]
+    columns = [people.names.index(name) for name in private_names(ks)]
+    rows = np.clip(np.nan_to_num(group.values[:, columns], nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0)
+    return {"metrics": np.append(rows.sum(axis=0), float(len(rows)))}
 
 
 def people_at_once(n_items: int, probes: int | None = None) -> int:

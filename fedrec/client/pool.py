@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedrec.client.statistics import cooccurrence
 from fedrec.data.batches import Cohort
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.log import InteractionLog
@@ -15,7 +16,7 @@ from fedrec.errors import ProtocolError
 from fedrec.privacy.clip import clip_factors
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
-from fedrec.protocol.task import CountTask, EvaluateTask, FitTask
+from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
 
 Engine = Literal["batched", "each"]
 KEPT_WINDOWS = 3
@@ -110,6 +111,8 @@ class LogPool:
             return self._fit(plan, plan.task, chosen)
         if isinstance(plan.task, CountTask):
             return count(plan.task, chosen, plan.n_items)
+        if isinstance(plan.task, CooccurrenceTask):
+            return cooccurrence(plan.task, chosen, plan.n_items, plan.inputs.get("features"))
         return self._evaluate(plan, plan.task, chosen)
 
     def by_length(self, plan: RoundPlan) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ One array of metrics per group, one row per person: nothing here is averaged, be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,20 @@ def metric_names(ks: Sequence[int]) -> tuple[str, ...]:
         raise ConfigError(f"The cut-offs of the metrics must be different whole numbers from 1, not {list(ks)}.")
     ranked = [f"{name}@{k}" for k in ks for name in ("hr", "ndcg", "recall", "precision", "mrr")]
     return (*ranked, "mrr", "auc", *(f"{name}@{k}" for k in ks for name in ("novelty", "diversity")))
+
+
+def private_names(ks: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of the metrics that a private evaluation asks for: few, and each in [0, 1] for a person.
+
+    >>> private_names([10])
+    ('ndcg@10', 'hr@10', 'recall@10')
+    """
+    return tuple(f"{name}@{k}" for k in ks for name in ("ndcg", "hr", "recall"))
+
+
+def private_norm(ks: Sequence[int]) -> float:
+    """Return the L2 bound of one person's row of `private_names` and the 1 that counts the person."""
+    return math.sqrt(len(private_names(ks)) + 1.0)
 
 
 def per_person(ranked: RankedTargets, ks: Sequence[int]) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.bool_]]:

@@ -6,16 +6,24 @@ import copy
 from functools import lru_cache
 from typing import Any
 
-from fedrec.models.configs import AnyModelConfig, FactorisationConfig, PopularityConfig, TransformerConfig
+from fedrec.models.configs import (
+    AnyModelConfig,
+    FactorisationConfig,
+    PopularityConfig,
+    SpectralConfig,
+    TransformerConfig,
+)
 from fedrec.models.factorisation import Factorisation
 from fedrec.models.popularity import Popularity
 from fedrec.models.recommender import Recommender, set_params
+from fedrec.models.spectral import Spectral
 from fedrec.models.transformer import Transformer
 from fedrec.params import Params
 from fedrec.random import Key
 
 MODELS: dict[type[Any], type[Any]] = {
     PopularityConfig: Popularity,
+    SpectralConfig: Spectral,
     FactorisationConfig: Factorisation,
     TransformerConfig: Transformer,
 }

@@ -52,6 +52,30 @@ class FactorisationConfig(_Settings):
     """L2 penalty on the user vector, per observed interaction."""
 
 
+class SpectralConfig(_Settings):
+    """Made from the co-occurrence statistic alone: nothing is fitted, so noise in it is all that privacy costs."""
+
+    kind: Literal["spectral"] = "spectral"
+    item_rank: int = Field(default=240, ge=0)
+    """How many eigenvectors of the items' own statistic are kept."""
+    feature_rank: int = Field(default=512, ge=0)
+    """How many eigenvectors of the statistic in feature space are kept."""
+    item_power: float = Field(default=0.5, ge=0)
+    """Power of the eigenvalues of the items' statistic in a score."""
+    feature_power: float = Field(default=0.5, ge=0)
+    """The same for the feature space; more where noise is strong."""
+    item_weight: float = Field(default=1.0, ge=0)
+    """Weight of the items' part; all parts are brought to the same spread over items for each person first."""
+    feature_weight: float = Field(default=1.0, ge=0)
+    """Weight of the features' part."""
+    popularity_weight: float = Field(default=0.15, ge=0)
+    """Weight of the popularity part."""
+    length: int = Field(default=60, ge=1)
+    """How many of the newest interactions a person's vector is made of."""
+    decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of each older interaction against the next."""
+
+
 class TransformerConfig(_Settings):
     """A causal transformer over the item sequence (SASRec family)."""
 
@@ -79,9 +103,9 @@ class TransformerConfig(_Settings):
 
 
 ModelConfig = Annotated[
-    PopularityConfig | FactorisationConfig | TransformerConfig,
+    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig,
     Field(discriminator="kind"),
 ]
-TrainedConfig = Annotated[FactorisationConfig | TransformerConfig, Field(discriminator="kind")]
-"""Models that rounds of fitting make sense for; popularity comes from counts and is always a row beside them."""
-AnyModelConfig = PopularityConfig | FactorisationConfig | TransformerConfig
+TrainedConfig = Annotated[SpectralConfig | FactorisationConfig | TransformerConfig, Field(discriminator="kind")]
+"""Models that an experiment may release; popularity comes from counts and is always a row beside them."""
+AnyModelConfig = PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig

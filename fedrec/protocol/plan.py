@@ -15,8 +15,8 @@ from fedrec.errors import ProtocolError
 from fedrec.models.configs import AnyModelConfig, ModelConfig
 from fedrec.params import Array, Params
 from fedrec.protocol import wire
-from fedrec.protocol.codec import F32, AnyCodec, Codec, Coding, Float, Plain, from_half, to_half
-from fedrec.protocol.task import AnyTask, FitTask, Task
+from fedrec.protocol.codec import F32, AnyCodec, Codec, Coding, Float, Plain, Sparse, from_half, to_half
+from fedrec.protocol.task import AnyTask, CooccurrenceTask, FitTask, Task
 from fedrec.random import Key
 
 MAX_CLIENTS = 100_000_000
@@ -73,6 +73,8 @@ class RoundPlan:
     @property
     def coding(self) -> Coding:
         """How this round's tallies are written."""
+        if isinstance(self.task, CooccurrenceTask) and self.task.sketch == "pairs":
+            return Coding(Sparse(), self.n_items * (self.n_items + 1) // 2, self.key)
         return Coding(self.codec if isinstance(self.task, FitTask) else Plain(), self.n_items, self.key)
 
     def to_bytes(self) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.data.slices import Window
 
@@ -41,6 +41,46 @@ class CountTask(_Settings):
     """L2 bound of one client's counts; None: not bounded."""
 
 
+class CooccurrenceTask(_Settings):
+    r"""Contribute which items the client took near each other, and which at all, as one vector of norm 1.
+
+    With :math:`x_a` the item at place a of the client's newest `last` interactions and only pairs whose later place is
+    in the window,
+
+    .. math:: M_{ij} = \sum_{a \ne b,\; |a - b| \le lag} decay^{|a - b|} \, [x_a = i] [x_b = j] .
+
+    The contribution is three blocks, each scaled to the root of its share: the upper triangle of M, the upper triangle
+    of :math:`B^T M B` in the public item features B, and the items taken in the window. Whatever a person did, it has
+    norm 1 at most, so it needs no clipping.
+    """
+
+    kind: Literal["cooccurrence"] = "cooccurrence"
+    window: Window
+    sketch: Literal["pairs", "features"] = "pairs"
+    """"pairs": M itself, twice, once weighted for the features, sparse, to a trusted server that projects; "features":
+    the dense triangle in feature space, which tells nothing of single items and can be masked."""
+    item_share: float = Field(default=0.75, ge=0, le=1)
+    """Share of the squared norm that goes to M; must be 0 in a sketch of features."""
+    feature_share: float = Field(default=0.22, ge=0, le=1)
+    """Share that goes to the feature space."""
+    count_share: float = Field(default=0.03, ge=0, le=1)
+    """Share that goes to the counts."""
+    last: int = Field(default=200, ge=2)
+    """How many of the newest interactions are looked at."""
+    lag: int = Field(default=20, ge=1)
+    """How many steps apart two interactions may be."""
+    decay: float = Field(default=0.9, gt=0, le=1)
+    """Weight of each further step between them."""
+
+    @model_validator(mode="after")
+    def _within_one(self) -> CooccurrenceTask:
+        if self.item_share + self.feature_share + self.count_share > 1 + 1e-9:
+            raise ValueError("the shares of items, features and counts add up to more than 1")
+        if self.sketch == "features" and self.item_share:
+            raise ValueError("a sketch of features holds no single items; set item_share to 0")
+        return self
+
+
 class EvaluateTask(_Settings):
     """Rank the window's items among all that the client did not know before it; contribute sums of metrics."""
 
@@ -57,9 +97,11 @@ class EvaluateTask(_Settings):
     """Items with this number or a higher one joined after training; they are reported apart."""
     sampled_negatives: int | None = Field(default=None, ge=1)
     """Rank against this many random items instead of all: only to compare with old papers, never to claim quality."""
+    private: bool = False
+    """Contribute only `private_names(ks)` of everybody and a 1 each, in [0, 1] per person, so of bounded norm."""
     personalise: FitTask | None = None
     """Train locally first and never upload: the local-only row."""
 
 
-Task = Annotated[FitTask | CountTask | EvaluateTask, Field(discriminator="kind")]
-AnyTask = FitTask | CountTask | EvaluateTask
+Task = Annotated[FitTask | CountTask | CooccurrenceTask | EvaluateTask, Field(discriminator="kind")]
+AnyTask = FitTask | CountTask | CooccurrenceTask | EvaluateTask

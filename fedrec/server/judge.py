@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedrec.data.slices import TimeSlice, TimeWindow
 from fedrec.evaluation.intervals import Estimate, difference, summarise
-from fedrec.evaluation.metrics import GROUPS, metric_names
+from fedrec.evaluation.metrics import GROUPS, metric_names, private_names, private_norm
 from fedrec.models.build import build
 from fedrec.models.configs import AnyModelConfig, PopularityConfig
 from fedrec.models.recommender import get_params
@@ -19,7 +21,9 @@ from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import EvaluateTask, FitTask
-from fedrec.server.round import Gathered, Recipe, Roster, gather, take_census
+from fedrec.server.gather import Gathered, Roster, gather, private_gather
+from fedrec.server.guard import Guard
+from fedrec.server.round import Recipe, take_census
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState
 
@@ -87,27 +91,37 @@ def _ask(
     contender: Contender, time_slice: TimeSlice, link: Link, recipe: Recipe, roster: Roster, popularity: Params
 ) -> Gathered:
     experiment = recipe.experiment
-    key = ServerState.root_key(experiment).child("slice", time_slice.index, "judge")
-    task = EvaluateTask(
-        window=time_slice.test,
-        probes=experiment.evaluation.probes,
-        ks=experiment.evaluation.ks,
-        replicates=experiment.evaluation.replicates,
-        n_known_items=time_slice.n_items,
-        sampled_negatives=experiment.evaluation.sampled_negatives,
-        personalise=contender.personalise,
-    )
+    task, plan_for = _question(contender, time_slice, recipe, popularity)
     places = np.arange(roster.n_clients, dtype=np.int64)
     if contender.people is not None:
         from fedrec.config import FixedCohort
 
-        places = sample(FixedCohort(size=contender.people), roster.n_clients, key.child("people"))
+        people = ServerState.root_key(experiment).child("slice", time_slice.index, "judge", "people")
+        places = sample(FixedCohort(size=contender.people), roster.n_clients, people)
+    shapes = _shapes(task, time_slice.n_items_test)
+    return gather(link, roster, places, plan_for, lambda n: Expectation(shapes, n), experiment.training.timeout_seconds)
+
+
+def _question(
+    contender: Contender, time_slice: TimeSlice, recipe: Recipe, popularity: Params, private: bool = False
+) -> tuple[EvaluateTask, Callable[[NDArray[np.int64]], RoundPlan]]:
+    """Return what is asked about a contender, and the plan that asks it of a node's slots."""
+    settings = recipe.experiment.evaluation
+    key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "judge")
+    task = EvaluateTask(
+        window=time_slice.test,
+        probes=settings.probes,
+        ks=settings.ks,
+        replicates=0 if private else settings.replicates,
+        n_known_items=time_slice.n_items,
+        sampled_negatives=None if private else settings.sampled_negatives,
+        private=private,
+        personalise=contender.personalise,
+    )
     params = grown(contender.model, contender.params, time_slice.n_items_test, recipe)
-    return gather(
-        link,
-        roster,
-        places,
-        lambda slots: RoundPlan(
+
+    def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
+        return RoundPlan(
             time_slice.index,
             0,
             task,
@@ -118,10 +132,62 @@ def _ask(
             recipe.catalog_digest,
             slots,
             {"popularity": popularity["counts"]},
-        ),
-        lambda n: Expectation(_shapes(task, time_slice.n_items_test), n),
-        experiment.training.timeout_seconds,
-    )
+        )
+
+    return task, plan_for
+
+
+def judge_privately(
+    guard: Guard,
+    contenders: Mapping[str, Contender],
+    time_slice: TimeSlice,
+    link: Link,
+    recipe: Recipe,
+    popularity: Params,
+) -> dict[str, Any]:
+    """Evaluate contenders with noise and a charge for each; returns what `judge` does, without differences.
+
+    Of everybody in the test window `fedrec.evaluation.metrics.private_names` are known, and how many people that is,
+    each with the noise of one release.
+    """
+    ks = recipe.experiment.evaluation.ks
+    roster = take_census(link, time_slice.test, recipe)
+    names, bound = private_names(ks), private_norm(ks)
+    mechanism = guard.mechanism(guard.settings.metrics_noise, bound)
+    shapes = {"metrics": ((len(names) + 1,), np.dtype(np.float64))}
+    rows: dict[str, Any] = {}
+    asked: list[Gathered] = []
+    for name, contender in contenders.items():
+        _, plan_for = _question(contender, time_slice, recipe, popularity, private=True)
+        purpose = f"slice {time_slice.index}: metrics of {name}"
+        timeout = recipe.experiment.training.timeout_seconds
+        got = private_gather(guard, purpose, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout)
+        asked.append(got)
+        *sums, n_people = got.sums["metrics"].tolist()
+        deviation = bound * mechanism.noise_multiplier
+        rows[name] = {"all": _noised_row(names, sums, n_people, deviation)}
+    return {
+        "rows": rows,
+        "differences": {},
+        "bytes_down": sum(got.bytes_down for got in asked),
+        "bytes_up": sum(got.bytes_up for got in asked),
+        "refused": [refusal for got in asked for refusal in got.refused],
+    }
+
+
+def _noised_row(names: Sequence[str], sums: Sequence[float], n_people: float, deviation: float) -> dict[str, Any]:
+    """Return noised means as JSON, each with a 95 % interval for both the noise and the choice of people.
+
+    A metric in [0, 1] with mean m has a variance of at most ``m (1 - m)``; the noise on the ratio s / n has the
+    standard deviation ``sd sqrt(1 + m^2) / n`` to first order.
+    """
+    n = max(n_people, 1.0)
+    metrics: dict[str, Any] = {}
+    for name, total in zip(names, sums, strict=True):
+        mean = min(1.0, max(0.0, total / n))
+        width = 1.96 * math.sqrt(mean * (1.0 - mean) / n + deviation**2 * (1.0 + mean**2) / n**2)
+        metrics[name] = {"value": mean, "low": max(0.0, mean - width), "high": min(1.0, mean + width)}
+    return {"n": max(0, round(n_people)), "metrics": metrics}
 
 
 def _shapes(task: EvaluateTask, n_items: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:

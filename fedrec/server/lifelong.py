@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.config import Experiment
+from fedrec.config import Experiment, StatisticsConfig
 from fedrec.data.catalog import ItemCatalog
+from fedrec.data.features import item_features
 from fedrec.data.slices import TimeSlice
-from fedrec.models.configs import PopularityConfig
+from fedrec.models.configs import PopularityConfig, SpectralConfig
+from fedrec.params import Params
 from fedrec.protocol.codec import Plain
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
-from fedrec.server.judge import Contender, grown, initial, judge, local_only_contender, popularity_contender
+from fedrec.server.gather import Gathered, Roster, gather, private_gather
+from fedrec.server.guard import Guard, statement
+from fedrec.server.judge import (
+    Contender,
+    grown,
+    initial,
+    judge,
+    judge_privately,
+    local_only_contender,
+    popularity_contender,
+)
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
-from fedrec.server.round import Gathered, Recipe, Roster, gather, run_round, take_census
+from fedrec.server.round import Recipe, run_round, take_census
+from fedrec.server.spectral import added, asked_shapes, grown_statistic, projected, spectral_params
 from fedrec.server.state import ServerState
 
 PRIVACY = {
@@ -34,16 +49,18 @@ PRIVACY = {
 """What a run without a lossy or telling codec says."""
 
 
-def privacy(experiment: Experiment) -> dict[str, Any]:
-    """Return the privacy statement of an experiment: what is protected, and what the codec gives away."""
+def privacy(experiment: Experiment, guard: Guard | None = None) -> dict[str, Any]:
+    """Return the privacy statement of an experiment: what is protected, what was spent, what the codec gives away."""
+    if guard is not None:
+        return statement(guard)
     codec = experiment.training.codec
     if isinstance(codec, Plain):
         return dict(PRIVACY)
-    statement = (
+    words = (
         "Not private: no noise is added. Clients send the sums of their updates as the codec "
         f"'{codec.kind}' writes them, which hides nothing, and the exact sums of their counts and metrics."
     )
-    return {**PRIVACY, "statement": f"{statement} {codec.reveals}".rstrip()}
+    return {**PRIVACY, "statement": f"{words} {codec.reveals}".rstrip()}
 
 
 @dataclass(frozen=True)
@@ -106,18 +123,20 @@ def _learn(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
     record = {"slice": time_slice.index, "rounds": stage.rounds, "clients": roster.n_clients, "done": state.round}
     desk.observe(Event("slice", record))
     if state.counted == time_slice.index:
-        state = _begin(state, link, time_slice, recipe, roster)
+        state = _begin(state, link, time_slice, recipe, roster, desk)
     for number in range(state.round, stage.rounds):
         if set(link.nodes()) != {node for node, _, _ in roster.nodes}:
             roster = take_census(link, time_slice.train, recipe)
         state, record = run_round(state, link, recipe, time_slice, roster)
         desk.observe(Event("round", record))
-        if (number + 1) % recipe.experiment.runtime.checkpoint_every == 0:
+        if recipe.guard is not None or (number + 1) % recipe.experiment.runtime.checkpoint_every == 0:
             desk.checkpoint(state)
     return state
 
 
-def _begin(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> ServerState:
+def _begin(
+    state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster, desk: Desk
+) -> ServerState:
     """Make room for new items and add the slice's popularity counts."""
     model, began = recipe.experiment.model, recipe.clock()
     params = (
@@ -130,6 +149,15 @@ def _begin(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
     total = np.zeros(time_slice.n_items, np.float32)
     total[: len(before)] += before
     total += counted.sums.get("counts", 0.0)
+    spent = counted
+    if recipe.experiment.training.statistics is not None:
+        statistic, params, gathered = _statistic(state, link, time_slice, recipe, roster, desk, params)
+        spent = replace(
+            counted,
+            bytes_down=counted.bytes_down + gathered.bytes_down,
+            bytes_up=counted.bytes_up + gathered.bytes_up,
+        )
+        state = state.advanced(statistic=statistic)
     return state.advanced(
         params=params,
         average={},
@@ -139,33 +167,72 @@ def _begin(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
         round=0,
         overhead={
             "seconds": round(recipe.clock() - began, 4),
-            "bytes_down": counted.bytes_down,
-            "bytes_up": counted.bytes_up,
+            "bytes_down": spent.bytes_down,
+            "bytes_up": spent.bytes_up,
         },
     )
 
 
+def _statistic(
+    state: ServerState,
+    link: Link,
+    time_slice: TimeSlice,
+    recipe: Recipe,
+    roster: Roster,
+    desk: Desk,
+    params: Params,
+) -> tuple[Params, Params, Gathered]:
+    """Gather the slice's statistic, add it to the ones before, and make the spectral model from all of it."""
+    settings = recipe.experiment.training.statistics or StatisticsConfig()
+    n_items = time_slice.n_items
+    task = settings.task(time_slice.train)
+    fitted = state.releases[0]["n_items"] if state.releases else n_items
+    features = item_features(desk.catalog.prefix(n_items), settings.features, fitted) if task.feature_share else None
+    rank = 0 if features is None else features.shape[1]
+    key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "statistic")
+    inputs = {} if features is None else {"features": features}
+
+    def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
+        return RoundPlan(
+            time_slice.index, 0, task, PopularityConfig(), n_items, {}, key, recipe.catalog_digest, slots, inputs
+        )
+
+    shapes = asked_shapes(task, n_items, rank)
+    guard, timeout = recipe.guard, recipe.experiment.training.timeout_seconds
+    if guard is None:
+        everybody = np.arange(roster.n_clients, dtype=np.int64)
+        got = gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n), timeout)
+        if got.n_clients:
+            got = replace(got, sums=projected(features, got.sums, got.n_clients))
+    else:
+        name = f"slice {time_slice.index}: co-occurrence statistic"
+        mechanism = guard.mechanism(guard.settings.statistics, 1.0)
+        prepare = partial(projected, features)
+        got = private_gather(guard, name, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout, prepare)
+    before = state.releases[-1]["n_items"] if state.releases else n_items
+    total = added(grown_statistic(state.statistic, before, n_items), got.sums)
+    model = recipe.experiment.model
+    if isinstance(model, SpectralConfig) and total:
+        params = spectral_params(total, model, features, n_items)
+    return total, params, got
+
+
 def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> Gathered:
     key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "count")
-    shape = {"counts": ((time_slice.n_items,), np.dtype(np.float32))}
-    return gather(
-        link,
-        roster,
-        np.arange(roster.n_clients, dtype=np.int64),
-        lambda slots: RoundPlan(
-            time_slice.index,
-            0,
-            CountTask(window=time_slice.train),
-            PopularityConfig(),
-            time_slice.n_items,
-            {},
-            key,
-            recipe.catalog_digest,
-            slots,
-        ),
-        lambda n: Expectation(shape, n),
-        recipe.experiment.training.timeout_seconds,
-    )
+    shapes = {"counts": ((time_slice.n_items,), np.dtype(np.float32))}
+    guard, timeout = recipe.guard, recipe.experiment.training.timeout_seconds
+    bound = None if guard is None else guard.settings.count_clip
+
+    def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
+        task, n_items = CountTask(window=time_slice.train, clip_norm=bound), time_slice.n_items
+        return RoundPlan(time_slice.index, 0, task, PopularityConfig(), n_items, {}, key, recipe.catalog_digest, slots)
+
+    if guard is None:
+        everybody = np.arange(roster.n_clients, dtype=np.int64)
+        return gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n), timeout)
+    name = f"slice {time_slice.index}: popularity counts"
+    mechanism = guard.mechanism(guard.settings.count, guard.settings.count_clip)
+    return private_gather(guard, name, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout)
 
 
 def _verdict(
@@ -174,13 +241,17 @@ def _verdict(
     """Evaluate the new release beside the previous one, popularity and local-only."""
     model = recipe.experiment.model
     contenders = {"release": Contender(model, state.released)}
-    if state.parent is not None:
+    private = recipe.guard is not None and recipe.guard.settings.metrics == "private"
+    if state.parent is not None and not private:
         contenders["previous"] = Contender(model, registry.load(state.parent).params)
     contenders["popularity"] = popularity_contender(state.counts)
-    if recipe.experiment.evaluation.local_only.people:
+    alone = recipe.experiment.evaluation.local_only.people and not isinstance(model, SpectralConfig)
+    if alone and not private:
         contenders["local_only"] = local_only_contender(recipe, time_slice)
     counts = np.zeros(time_slice.n_items_test, np.float32)
     counts[: len(state.counts["counts"])] = state.counts["counts"]
+    if recipe.guard is not None and private:
+        return judge_privately(recipe.guard, contenders, time_slice, link, recipe, {"counts": counts})
     return judge(contenders, time_slice, link, recipe, {"counts": counts})
 
 
@@ -199,7 +270,7 @@ def _publish(
         experiment=experiment.model_dump(mode="json", exclude={"runtime"}),
         experiment_digest=experiment.digest(),
         metrics=verdict["rows"],
-        privacy=privacy(experiment),
+        privacy=privacy(experiment, recipe.guard),
     )
     own = [record for record in state.rounds if record["slice"] == time_slice.index]
     record = {
@@ -209,7 +280,7 @@ def _publish(
         "parent": state.parent,
         "promoted": True,
         "n_items": time_slice.n_items,
-        "train_rows": int(state.counts["counts"].sum()) - sum(r["train_rows"] for r in state.releases),
+        "train_rows": round(float(state.counts["counts"].sum())) - sum(r["train_rows"] for r in state.releases),
         "train_start": getattr(time_slice.train, "start", None),
         "train_end": getattr(time_slice.train, "end", None),
         "test_end": getattr(time_slice.test, "end", None),
@@ -220,7 +291,7 @@ def _publish(
         "client_bytes": named.n_bytes(state.released),
         "overhead": {name: spent + verdict[name] for name, spent in state.overhead.items()},
         "refused": verdict["refused"],
-        "epsilon": None,
+        "epsilon": None if recipe.guard is None else recipe.guard.ledger.spent(),
         "rows": verdict["rows"],
         "differences": verdict["differences"],
     }

@@ -6,7 +6,8 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,25 @@ from typing import Any
 from fedrec import __version__
 from fedrec.config import Experiment, LeaveOneOutSplit
 from fedrec.data.cleaning import Dataset
+from fedrec.data.features import make_encoder
 from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices
-from fedrec.errors import RunError
+from fedrec.errors import ConfigError, RunError
 from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build
+from fedrec.models.configs import SpectralConfig
+from fedrec.privacy.accounting import check_delta
+from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.protocol.link import Link
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
+from fedrec.server.guard import Guard, guard_of, planned, user_level
 from fedrec.server.lifelong import Desk, Event, Observer, privacy, run_stream
 from fedrec.server.registry import Registry
-from fedrec.server.round import Recipe
+from fedrec.server.round import Recipe, take_census
 from fedrec.server.state import ServerState
 
-CHECKPOINT, REPORT = "state.fedrec", "report.html"
+MOST_PAIRED = 8_192
+"""Items of which a statistic of all pairs is still gathered: 134 MB."""
+CHECKPOINT, REPORT, LEDGER = "state.fedrec", "report.html", "ledger.jsonl"
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,31 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     cut(experiment, dataset)
     metric_names(experiment.evaluation.ks)
     build(experiment.model, 1, ServerState.root_key(experiment))
+    _check_statistics(experiment, dataset)
+    if experiment.privacy.mode == "central":
+        planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
+
+
+def _check_statistics(experiment: Experiment, dataset: Dataset) -> None:
+    training, statistics = experiment.training, experiment.training.statistics
+    if isinstance(experiment.model, SpectralConfig):
+        if statistics is None:
+            raise ConfigError("A spectral model is made from statistics; add a table [training.statistics].")
+        if training.base.rounds or training.later.rounds:
+            raise ConfigError(
+                "A spectral model is not fitted; set training.base.rounds and training.later.rounds to 0."
+            )
+    if statistics is None:
+        return
+    n_items = len(dataset.catalog)
+    if statistics.sketch == "pairs" and n_items > MOST_PAIRED:
+        raise ConfigError(
+            f"A statistic of pairs of {n_items:,} items has {n_items * (n_items + 1) // 2:,} numbers; set "
+            'training.statistics.sketch = "features" and item_share = 0 for more than '
+            f"{MOST_PAIRED:,} items."
+        )
+    if statistics.feature_share:
+        make_encoder(statistics.features.encoder)
 
 
 def run_experiment(
@@ -128,24 +161,44 @@ def run_experiment(
 
     slices = cut(experiment, dataset)
     recipe = Recipe(experiment, dataset.catalog.digest(), clock)
-    path = folder.path / CHECKPOINT
-    state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest)
-    if path.exists():
-        state = ServerState.from_record(*load_checkpoint(path))
-        state.check(experiment, recipe.catalog_digest)
-    else:
-        save_checkpoint(path, *state.to_record())
-    for done in state.releases:
-        observe(Event("release", done))
-    desk = Desk(registry, dataset.catalog, lambda now: save_checkpoint(path, *now.to_record()), observe)
-    for reached, _ in run_stream(state, link, slices, recipe, desk):
-        state = reached
-    document = describe(state, experiment, dataset, command)
+    with ExitStack() as stack:
+        if experiment.privacy.mode == "central":
+            guard = _guard(experiment, folder, link, slices[0], recipe, observe)
+            recipe = replace(recipe, guard=guard)
+            stack.enter_context(guard.ledger)
+        path = folder.path / CHECKPOINT
+        state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest)
+        if path.exists():
+            state = ServerState.from_record(*load_checkpoint(path))
+            state.check(experiment, recipe.catalog_digest)
+        else:
+            save_checkpoint(path, *state.to_record())
+        for done in state.releases:
+            observe(Event("release", done))
+        desk = Desk(registry, dataset.catalog, lambda now: save_checkpoint(path, *now.to_record()), observe)
+        for reached, _ in run_stream(state, link, slices, recipe, desk):
+            state = reached
+        document = describe(state, experiment, dataset, command, recipe.guard)
     write_report(document, folder.path)
     return document
 
 
-def describe(state: ServerState, experiment: Experiment, dataset: Dataset, command: str) -> dict[str, Any]:
+def _guard(
+    experiment: Experiment, folder: RunFolder, link: Link, first: TimeSlice, recipe: Recipe, observe: Observer
+) -> Guard:
+    """Open the run's ledger, and plan the spending of its life."""
+    settings = user_level(experiment)
+    n_people = settings.population or max(1, take_census(link, first.train, recipe).n_clients)
+    warning = check_delta(settings.delta, n_people)
+    if warning:
+        observe(Event("note", {"text": warning}))
+    ledger = PrivacyLedger(folder.path / LEDGER, epsilon=settings.epsilon, delta=settings.delta)
+    return guard_of(experiment, ledger, n_people)
+
+
+def describe(
+    state: ServerState, experiment: Experiment, dataset: Dataset, command: str, guard: Guard | None = None
+) -> dict[str, Any]:
     """Return everything about a run as one JSON-able document; the HTML report is made from it."""
     parts = ("seconds", "bytes_down", "bytes_up")
     spent = {part: sum(r[part] + r["overhead"][part] for r in state.releases) for part in parts}
@@ -169,14 +222,14 @@ def describe(state: ServerState, experiment: Experiment, dataset: Dataset, comma
             "terms": dataset.provenance.get("terms"),
         },
         "protocol": _protocol(experiment),
-        "privacy": privacy(experiment),
+        "privacy": privacy(experiment, guard),
         "releases": list(state.releases),
         "rounds": list(state.rounds),
         "totals": {
             "seconds": round(spent["seconds"], 3),
             "bytes_down": spent["bytes_down"],
             "bytes_up": spent["bytes_up"],
-            "epsilon": None,
+            "epsilon": None if guard is None else guard.ledger.spent(),
             "rounds": len(state.rounds),
         },
     }

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrec import params as named
@@ -17,6 +18,7 @@ from fedrec.client.pool import LogPool
 from fedrec.config import AdamConfig, SgdConfig
 from fedrec.data.batches import Batch, Cohort, draw
 from fedrec.data.cleaning import Dataset
+from fedrec.data.features import FeatureSettings, item_features
 from fedrec.data.log import InteractionLog
 from fedrec.data.slices import LastWindow
 from fedrec.models.build import build, restore
@@ -26,15 +28,17 @@ from fedrec.models.configs import (
     FullSoftmax,
     PopularityConfig,
     SampledSoftmax,
+    SpectralConfig,
     TransformerConfig,
 )
 from fedrec.models.recommender import Recommender, get_params, set_params, to_torch
 from fedrec.params import Params
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
-from fedrec.protocol.task import FitTask, LocalTraining
+from fedrec.protocol.task import CooccurrenceTask, FitTask, LocalTraining
 from fedrec.random import Key
 from fedrec.server import optimizer
+from fedrec.server.spectral import projected, spectral_params
 
 KEY = Key.from_seed(11)
 EVERYTHING = LastWindow(skip=0)
@@ -65,6 +69,7 @@ def _transformer(softmax: FullSoftmax | SampledSoftmax) -> TransformerConfig:
 
 RECOMMENDERS: dict[str, Entry] = {
     "popularity": Entry(PopularityConfig()),
+    "spectral": Entry(SpectralConfig(item_rank=6, feature_rank=4, length=16), rounds=1),
     "factorisation": Entry(
         FactorisationConfig(dim=8, length=16, targets=8, negatives=16), rounds=60, server=AdamConfig(learning_rate=0.05)
     ),
@@ -118,6 +123,8 @@ def federate(
     params: Params = get_params(build(wanted, n_items, KEY.child("model")))
     expected = Expectation({n: (v.shape, v.dtype) for n, v in params.items()}, len(slots), task.local.clip_norm)
     memory: Params = {}
+    if isinstance(wanted, SpectralConfig) and entry.rounds:
+        return restore(wanted, n_items, counted(wanted, pool, window, slots))
     for number in range(entry.rounds):
         plan = RoundPlan(0, number, task, wanted, n_items, params, KEY.child("round", number), digest, slots)
         tally = pool.run(plan)
@@ -125,6 +132,18 @@ def federate(
         mean = named.scale(tally.sums, 1.0 / tally.n_clients)
         params, memory = optimizer.step(entry.server, params, memory, mean, 1.0)
     return restore(wanted, n_items, params)
+
+
+def counted(config: SpectralConfig, pool: LogPool, window: LastWindow, slots: NDArray[np.int64]) -> Params:
+    """Return the parameters of the model that is made from one statistic of everybody."""
+    n_items, digest = len(pool.catalog), pool.catalog.digest()
+    features = item_features(pool.catalog, FeatureSettings(rank=config.feature_rank, fourier=0))
+    task = CooccurrenceTask(window=window)
+    plan = RoundPlan(
+        0, 0, task, PopularityConfig(), n_items, {}, KEY.child("statistic"), digest, slots, {"features": features}
+    )
+    tally = pool.run(plan)
+    return spectral_params(projected(features, tally.sums, tally.n_clients), config, features, n_items)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:

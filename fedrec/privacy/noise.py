@@ -1,0 +1,121 @@
+"""Where noise comes from: the operating system, or a seed where a simulation must be repeatable."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedrec.random import Key
+
+Shape = Sequence[int]
+Uniforms = Callable[[int], NDArray[np.float64]]
+"""Gives so many independent numbers in (0, 1], with 53 random bits each."""
+
+
+class NoiseSource(Protocol):
+    """A source of noise; `label` is what a report says of it."""
+
+    label: str
+
+    def normal(self, shape: Shape) -> NDArray[np.float64]:
+        """Return independent standard normal numbers."""
+        ...
+
+    def discrete_gaussian(self, sigma: float, shape: Shape) -> NDArray[np.int64]:
+        """Return whole numbers with probability proportional to ``exp(-x^2 / (2 sigma^2))``."""
+        ...
+
+
+class SecureNoise:
+    """Noise that nobody can repeat: a ChaCha20 stream keyed anew for every call by the operating system's generator.
+
+    Each normal number is the sum of two that come from different draws, scaled: the set of floating-point numbers that
+    one Box-Muller draw can hit betrays what it was added to. That answers the known attack, it is no proof; noise over
+    whole numbers, as mode "distributed" uses it, needs none.
+
+    Source: Mironov, CCS 2012 (the attack); Holohan and Braghin, ESORICS 2021 (sums of normals).
+    """
+
+    label = "operating system"
+
+    def normal(self, shape: Shape) -> NDArray[np.float64]:
+        """Return independent standard normal numbers."""
+        size = math.prod(shape)
+        u = system_uniforms(2 * size)
+        radius = np.sqrt(-2.0 * np.log(u[:size]))
+        angle = (2.0 * math.pi) * u[size:]
+        # Sines are handed on by one place: each number has its sine and its cosine from two draws, and uses each once.
+        total = radius * np.cos(angle) + np.roll(radius * np.sin(angle), 1)
+        return (total * math.sqrt(0.5)).reshape(tuple(shape)) if size != 1 else _single_normal().reshape(tuple(shape))
+
+    def discrete_gaussian(self, sigma: float, shape: Shape) -> NDArray[np.int64]:
+        """Return discrete Gaussian numbers."""
+        return discrete_gaussian(system_uniforms, sigma, shape)
+
+
+class SeededNoise:
+    """Noise from a key: the same for whoever holds the key, so it protects nobody from them. For simulations only."""
+
+    label = "seed (simulation: protects nobody)"
+
+    def __init__(self, key: Key) -> None:
+        """Start the stream that `key` names; each call goes on in it."""
+        self._generator = key.numpy()
+
+    def normal(self, shape: Shape) -> NDArray[np.float64]:
+        """Return independent standard normal numbers."""
+        return self._generator.standard_normal(tuple(shape))
+
+    def discrete_gaussian(self, sigma: float, shape: Shape) -> NDArray[np.int64]:
+        """Return discrete Gaussian numbers."""
+        return discrete_gaussian(lambda n: 1.0 - self._generator.random(n), sigma, shape)
+
+
+def system_uniforms(n: int) -> NDArray[np.float64]:
+    """Return n numbers in (0, 1] from a ChaCha20 stream that is keyed by the operating system and used once."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+    stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+    bits = np.frombuffer(stream.update(bytes(8 * n)), np.uint64)
+    return ((bits >> np.uint64(11)).astype(np.float64) + 1.0) * (1.0 / (1 << 53))
+
+
+def _single_normal() -> NDArray[np.float64]:
+    u = system_uniforms(4)
+    pair = np.sqrt(-2.0 * np.log(u[:2])) * np.cos((2.0 * math.pi) * u[2:])
+    return np.asarray(pair.sum() * math.sqrt(0.5))
+
+
+def discrete_gaussian(uniforms: Uniforms, sigma: float, shape: Shape) -> NDArray[np.int64]:
+    """Return discrete Gaussian numbers by rejection from a discrete Laplace distribution.
+
+    Probabilities are right to some 2^-53, the resolution of the uniform numbers; the paper's exact rational sampler
+    would be a thousand times slower.
+
+    Args:
+        uniforms: where randomness comes from.
+        sigma: the parameter; the standard deviation is at most this, and as good as this from 1 on.
+        shape: of the result.
+
+    Source: Canonne, Kamath and Steinke, NeurIPS 2020, algorithm 3.
+    """
+    size = math.prod(shape)
+    t = math.floor(sigma) + 1
+    found = np.empty(size, np.int64)
+    done = 0
+    while done < size:
+        n = int((size - done) * 1.6) + 64
+        u = uniforms(3 * n).reshape(3, n)
+        # The difference of two geometric numbers is discrete Laplace of scale t.
+        geometric = np.floor(np.log(u[:2]) * -t)
+        candidate = geometric[0] - geometric[1]
+        bias = (np.abs(candidate) - sigma**2 / t) ** 2 / (2.0 * sigma**2)
+        kept = candidate[u[2] <= np.exp(-bias)][: size - done]
+        found[done : done + len(kept)] = kept.astype(np.int64)
+        done += len(kept)
+    return found.reshape(tuple(shape))

@@ -1,0 +1,143 @@
+"""From a noised statistic to a recommender: post-processing, which costs no privacy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedrec.errors import TallyRefused
+from fedrec.models.configs import SpectralConfig
+from fedrec.params import Array, Params
+from fedrec.protocol.codec import Shapes
+from fedrec.protocol.task import CooccurrenceTask
+
+Features = NDArray[np.float32]
+_F32 = np.dtype(np.float32)
+
+
+def asked_shapes(task: CooccurrenceTask, n_items: int, rank: int) -> Shapes:
+    """Return what a node's sums look like."""
+    triangle, small = n_items * (n_items + 1) // 2, rank * (rank + 1) // 2
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.float32]]] = {"counts": ((n_items,), _F32)}
+    if task.sketch == "pairs":
+        shapes["pairs"] = ((triangle, 2 if task.feature_share else 1), _F32)
+    elif task.feature_share:
+        shapes["features"] = ((small,), _F32)
+    return shapes
+
+
+def projected(features: Features | None, sums: Params, n_clients: int) -> dict[str, Array]:
+    """Return the sums with the weighted pairs carried into feature space: ``B^T W B``.
+
+    Every client's share of the result has norm 1 at most, which is checked for the sum.
+
+    Raises:
+        TallyRefused: the statistic is longer than so many clients can have made it.
+    """
+    found = {name: value for name, value in sums.items() if name != "pairs"}
+    if "pairs" in sums:
+        found["items"] = sums["pairs"][:, 0]
+        if features is not None:
+            pairs = unpacked(sums["pairs"][:, 1], len(features))
+            found["features"] = packed(features.T @ (pairs @ features)).astype(np.float32)
+    length = math.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in found.values()))
+    if length > n_clients * (1 + 1e-3) + 1e-6:
+        raise TallyRefused(f"the statistic has norm {length:.4g}, more than {n_clients} clients can contribute")
+    return found
+
+
+def spectral_params(
+    statistic: Params, config: SpectralConfig, features: Features | None, n_items: int
+) -> dict[str, Array]:
+    """Return the parameters of the spectral model.
+
+    Args:
+        statistic: noised ``items`` [n (n + 1) / 2], ``features`` [r (r + 1) / 2], ``counts`` [n]; what is missing
+            leaves its part at zero.
+        config: ranks and powers.
+        features: B [n, r].
+        n_items: n.
+    """
+    rows = np.zeros((n_items, config.item_rank), np.float32)
+    if "items" in statistic and config.item_rank and n_items > 1:
+        rows = _rows(unpacked(statistic["items"], n_items), config.item_rank, config.item_power)
+    carried = np.zeros((n_items, config.feature_rank), np.float32)
+    if "features" in statistic and features is not None and config.feature_rank:
+        small = unpacked(statistic["features"], features.shape[1])
+        carried = features @ _rows(small, config.feature_rank, config.feature_power)
+    return {
+        "items": rows,
+        "features": carried,
+        "popularity": popularity(statistic["counts"]),
+        "item_spread": _covariance(rows),
+        "feature_spread": _covariance(carried),
+    }
+
+
+def _covariance(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    centred = rows - rows.mean(axis=0)
+    spread: NDArray[np.float32] = (centred.T @ centred / np.float32(max(1, len(rows)))).astype(np.float32)
+    return spread
+
+
+def grown_statistic(statistic: Params, n_before: int, n_items: int) -> dict[str, Array]:
+    """Return the statistic of a larger catalogue: nothing was seen yet of the new items."""
+    if n_before == n_items or not statistic:
+        return dict(statistic)
+    grown = dict(statistic)
+    grown["counts"] = np.concatenate([statistic["counts"], np.zeros(n_items - n_before, np.float32)])
+    if "items" in statistic:
+        square = np.zeros((n_items, n_items), np.float32)
+        square[:n_before, :n_before] = unpacked(statistic["items"], n_before)
+        grown["items"] = packed(square).astype(np.float32)
+    return grown
+
+
+def added(a: Params, b: Params) -> dict[str, Array]:
+    """Return the sum of two statistics, either of which may be empty."""
+    return {name: a[name] + b[name] if name in a and name in b else (a if name in a else b)[name] for name in {*a, *b}}
+
+
+def popularity(counts: Array) -> NDArray[np.float32]:
+    """Return standardised roots of the counts; a fifth of their mean is added: noise near 0 is not stretched."""
+    taken = np.maximum(counts.astype(np.float64), 0.0)
+    roots = np.sqrt(taken + 0.2 * taken.mean())
+    spread = roots.std()
+    standard: NDArray[np.float32] = ((roots - roots.mean()) / (spread if spread > 0 else 1.0)).astype(np.float32)
+    return standard
+
+
+def _rows(square: NDArray[np.float32], rank: int, power: float) -> NDArray[np.float32]:
+    """Return [n, rank] eigenvectors of the largest positive eigenvalues, times ``(w / w_max)^(power / 2)``.
+
+    The power is halved, because a score multiplies two rows.
+    """
+    import torch
+
+    values, vectors = torch.linalg.eigh(torch.from_numpy(square))
+    kept = min(rank, len(values))
+    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
+    positive = values.clamp(min=0)
+    weight = torch.where(positive > 0, (positive / positive.max().clamp(min=1e-30)) ** (power / 2), 0.0)
+    rows = np.zeros((len(square), rank), np.float32)
+    rows[:, :kept] = (vectors * weight).numpy()
+    return rows
+
+
+def unpacked(triangle: Array, n: int) -> NDArray[np.float32]:
+    """Return the symmetric matrix [n, n] of an upper triangle that is written row by row."""
+    square = np.zeros((n, n), np.float32)
+    start = 0
+    for row in range(n):
+        square[row, row:] = triangle[start : start + n - row]
+        start += n - row
+    lower = np.tril_indices(n, -1)
+    square[lower] = square.T[lower]
+    return square
+
+
+def packed(square: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Return the upper triangle of a symmetric matrix, row by row."""
+    return square[np.triu_indices(len(square))].astype(np.float64)
