@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -36,10 +36,12 @@ class Choice:
     Attributes:
         shares: of items, features and counts; they add up to 1.
         model: powers, weights and ranks.
+        features: the public space.
     """
 
     shares: tuple[float, float, float]
     model: SpectralConfig
+    features: FeatureSettings
 
 
 class Bench:
@@ -49,38 +51,46 @@ class Bench:
     gathering with them would give.
     """
 
-    def __init__(self, dataset: Dataset, features: FeatureSettings) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         """Gather nothing yet."""
-        self.dataset, self.settings = dataset, features
+        self.dataset = dataset
+        self._features: dict[FeatureSettings, np.ndarray] = {}
+        self._thirds: dict[FeatureSettings, Params] = {}
         self.pool = LogPool(dataset.log, dataset.catalog)
         self.n_items = len(dataset.catalog)
 
-    @cached_property
-    def features(self) -> np.ndarray:
-        """[n_items, rank] public vectors."""
-        return item_features(self.dataset.catalog, self.settings)
+    def features(self, settings: FeatureSettings) -> np.ndarray:
+        """Return [n_items, rank] public vectors."""
+        if settings not in self._features:
+            self._features[settings] = item_features(self.dataset.catalog, settings)
+        return self._features[settings]
 
-    @cached_property
-    def thirds(self) -> Params:
-        """The statistic of everybody, a third of the squared norm in each block."""
+    def thirds(self, settings: FeatureSettings) -> Params:
+        """Return the statistic of everybody, a third of the squared norm in each block."""
+        if settings not in self._thirds:
+            self._thirds[settings] = self._gathered(self.features(settings))
+        return self._thirds[settings]
+
+    def _gathered(self, features: np.ndarray) -> Params:
         window = leave_one_out(self.dataset.catalog)[0].train
         task = CooccurrenceTask(window=window, item_share=_THIRD, feature_share=_THIRD, count_share=_THIRD)
-        tally = self.pool.run(self._plan(task, PopularityConfig(), {}, {"features": self.features}))
-        return projected(self.features, tally.sums, tally.n_clients)
+        tally = self.pool.run(self._plan(task, PopularityConfig(), {}, {"features": features}))
+        return projected(features, tally.sums, tally.n_clients)
 
-    def statistic(self, shares: tuple[float, float, float], epsilon: float | None, seed: int) -> Params:
-        """Return the statistic with these shares and the noise that spends `epsilon` on it alone."""
-        factors = dict(zip(("items", "features", "counts"), (math.sqrt(3.0 * share) for share in shares), strict=True))
-        total = {
-            name: (value * factors[name]).astype(np.float32) for name, value in self.thirds.items() if factors[name]
-        }
+    def statistic(self, choice: Choice, epsilon: float | None, seed: int) -> Params:
+        """Return the statistic of a choice with the noise that spends `epsilon` on it alone."""
+        roots = (math.sqrt(3.0 * share) for share in choice.shares)
+        factors = dict(zip(("items", "features", "counts"), roots, strict=True))
+        thirds = self.thirds(choice.features)
+        total = {n: (value * factors[n]).astype(np.float32) for n, value in thirds.items() if factors[n]}
         return noised(total, 1.0, epsilon, seed)
 
     def spectral(self, choice: Choice, epsilon: float | None, seed: int, test: bool = True) -> float:
         """Return NDCG@10 of the spectral model at this budget."""
-        statistic = self.statistic(choice.shares, epsilon, seed)
+        statistic = self.statistic(choice, epsilon, seed)
         statistic = {"counts": np.zeros(self.n_items, np.float32), **statistic}
-        return self.quality(choice.model, spectral_params(statistic, choice.model, self.features, self.n_items), test)
+        params = spectral_params(statistic, choice.model, self.features(choice.features), self.n_items)
+        return self.quality(choice.model, params, test)
 
     def popularity(self, epsilon: float | None, seed: int, test: bool = True, clip_norm: float = 4.0) -> float:
         """Return NDCG@10 of noised popularity counts; `clip_norm` bounds one person's."""

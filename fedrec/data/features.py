@@ -143,6 +143,9 @@ def item_features(catalog: ItemCatalog, settings: FeatureSettings, n_fitted: int
         catalog: titles and attributes.
         settings: encoder and size.
         n_fitted: how many items there were when the space was laid down; None: all.
+
+    Raises:
+        DataError: the items have neither titles nor attributes, or the encoder is not installed.
     """
     n = len(catalog) if n_fitted is None else n_fitted
     raw = np.concatenate([_scaled(part, n) for part in _raw(catalog, settings, n)], axis=1)
@@ -177,7 +180,13 @@ def _raw(catalog: ItemCatalog, settings: FeatureSettings, n: int) -> list[NDArra
     years = np.array([float(found[1]) if (found := _YEAR.search(title)) else np.nan for title in catalog.titles])
     bumps = np.exp(-(((years[:, None] - YEARS) / 3.0) ** 2) / 2.0)
     parts = [make_encoder(settings.encoder).encode(texts).astype(np.float64), _rows(tags), _rows(np.nan_to_num(bumps))]
-    return [part for part in parts if part.any()]
+    told = [part for part in parts if part.any()]
+    if not told:
+        raise DataError(
+            "The catalogue has no text and no attributes, so its items have no features; set "
+            "training.statistics.feature_share to 0."
+        )
+    return told
 
 
 def _rows(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
