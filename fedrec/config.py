@@ -16,7 +16,7 @@ from fedrec.errors import ConfigError, nearest
 from fedrec.models.configs import TrainedConfig
 from fedrec.privacy.settings import NoPrivacy, Privacy
 from fedrec.protocol.codec import Codec, Float, Plain
-from fedrec.protocol.task import CooccurrenceTask, LocalTraining
+from fedrec.protocol.task import CooccurrenceSettings, CooccurrenceTask, LocalTraining
 
 
 class _Settings(BaseModel):
@@ -105,23 +105,9 @@ class StageConfig(_Settings):
     """Factor on the server's learning rate in this stage."""
 
 
-class StatisticsConfig(_Settings):
+class StatisticsConfig(CooccurrenceSettings):
     """One round of co-occurrence statistics a slice; the spectral model is made from it."""
 
-    sketch: Literal["pairs", "features"] = "pairs"
-    """See `CooccurrenceTask.sketch`: "pairs" to a trusted server, "features" where sums are masked."""
-    item_share: float = Field(default=0.75, ge=0, le=1)
-    """Share of a contribution's squared norm that goes to pairs of items; 0 in a sketch of features."""
-    feature_share: float = Field(default=0.22, ge=0, le=1)
-    """Share that goes to the feature space."""
-    count_share: float = Field(default=0.03, ge=0, le=1)
-    """Share that goes to the counts."""
-    last: int = Field(default=200, ge=2)
-    """How many of the newest interactions are looked at."""
-    lag: int = Field(default=20, ge=1)
-    """How many steps apart two interactions may be."""
-    decay: float = Field(default=0.9, gt=0, le=1)
-    """Weight of each further step between them."""
     features: FeatureSettings = FeatureSettings()
 
     def task(self, window: TimeWindow | LastWindow) -> CooccurrenceTask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -41,21 +41,9 @@ class CountTask(_Settings):
     """L2 bound of one client's counts; None: not bounded."""
 
 
-class CooccurrenceTask(_Settings):
-    r"""Contribute which items the client took near each other, and which at all, as one vector of norm 1.
+class CooccurrenceSettings(_Settings):
+    """What a contribution to the co-occurrence statistic is made of."""
 
-    With :math:`x_a` the item at place a of the client's newest `last` interactions and only pairs whose later place is
-    in the window,
-
-    .. math:: M_{ij} = \sum_{a \ne b,\; |a - b| \le lag} decay^{|a - b|} \, [x_a = i] [x_b = j] .
-
-    The contribution is three blocks, each scaled to the root of its share: the upper triangle of M, the upper triangle
-    of :math:`B^T M B` in the public item features B, and the items taken in the window. Whatever a person did, it has
-    norm 1 at most, so it needs no clipping.
-    """
-
-    kind: Literal["cooccurrence"] = "cooccurrence"
-    window: Window
     sketch: Literal["pairs", "features"] = "pairs"
     """"pairs": M itself, twice, once weighted for the features, sparse, to a trusted server that projects; "features":
     the dense triangle in feature space, which tells nothing of single items and can be masked."""
@@ -73,12 +61,29 @@ class CooccurrenceTask(_Settings):
     """Weight of each further step between them."""
 
     @model_validator(mode="after")
-    def _within_one(self) -> CooccurrenceTask:
+    def _within_one(self) -> Self:
         if self.item_share + self.feature_share + self.count_share > 1 + 1e-9:
             raise ValueError("the shares of items, features and counts add up to more than 1")
         if self.sketch == "features" and self.item_share:
             raise ValueError("a sketch of features holds no single items; set item_share to 0")
         return self
+
+
+class CooccurrenceTask(CooccurrenceSettings):
+    r"""Contribute which items the client took near each other, and which at all, as one vector of norm 1.
+
+    With :math:`x_a` the item at place a of the client's newest `last` interactions and only pairs whose later place is
+    in the window,
+
+    .. math:: M_{ij} = \sum_{a \ne b,\; |a - b| \le lag} decay^{|a - b|} \, [x_a = i] [x_b = j] .
+
+    The contribution is three blocks, each scaled to the root of its share: the upper triangle of M, the upper triangle
+    of :math:`B^T M B` in the public item features B, and the items taken in the window. Whatever a person did, it has
+    norm 1 at most, so it needs no clipping.
+    """
+
+    kind: Literal["cooccurrence"] = "cooccurrence"
+    window: Window
 
 
 class EvaluateTask(_Settings):
