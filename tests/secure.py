@@ -13,7 +13,7 @@ from fedrec.errors import FedrecError
 from fedrec.models.configs import PopularityConfig
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.mechanism import GaussianMechanism
-from fedrec.privacy.terms import SecureSum
+from fedrec.privacy.settings import SecureSum
 from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
@@ -95,7 +95,7 @@ class SecureLink:
 
 
 def gathered(
-    link: SecureLink, settings: SecureSum | None = None, multiplier: float = 1.0, noise: str = "system"
+    link: SecureLink, settings: SecureSum | None = None, multiplier: float = 1.0, seed: Key | None = None
 ) -> SecureGathered:
     mechanism = GaussianMechanism(1.0, multiplier)
     ledger = PrivacyLedger(None, epsilon=None, delta=1e-5)
@@ -112,5 +112,5 @@ def gathered(
         charge,
         settings or SecureSum(minimum=5),
         None,
-        noise,  # type: ignore[arg-type]
+        seed,
     )

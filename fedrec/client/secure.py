@@ -142,7 +142,7 @@ class SecureNode:
         if not rate:
             return parties
         numbers = np.array([party.number for party in parties], np.int64)
-        drawn = plan.key.child("secure sum", "dropouts").uniforms(numbers, 1)[:, 0]
+        drawn = plan.key.child("secure sum", self._known_terms.session, "dropouts").uniforms(numbers, 1)[:, 0]
         for party, u in zip(parties, drawn, strict=True):
             party.silent = bool(u < rate)
         return [party for party, u in zip(parties, drawn, strict=True) if u >= rate / 2]
@@ -194,6 +194,6 @@ class SecureNode:
 def _randomness(terms: Terms, plan: RoundPlan, party: int) -> tuple[NoiseSource, Uniforms]:
     if terms.noise == "system":
         return SecureNoise(), system_uniforms
-    key = plan.key.child("secure sum", "party", party)
+    key = plan.key.child("secure sum", terms.session, "party", party)
     generator = key.child("rounding").numpy()
     return SeededNoise(key.child("noise")), lambda n: 1.0 - generator.random(n)

@@ -6,51 +6,18 @@ import math
 from functools import lru_cache
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from fedrec.errors import MaskingError
 from fedrec.privacy.discrete import Grid, finest, noise_deviation
+from fedrec.privacy.settings import LEAST_CLIENTS, SecureSum
 
-LEAST_CLIENTS = 3
-"""In a sum of two, each knows the other's number."""
 LIKELY_FAILURE, UNLIKELY = 1e-6, 2.0**-40
 """How often a session may fail for want of shares, and how often colluding clients may find the shares they need."""
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class SecureSum(_Settings):
-    """How clients add up their contributions so that the server sees the sum alone."""
-
-    minimum: int = Field(default=10, ge=LEAST_CLIENTS)
-    """The server learns no sum of fewer clients."""
-    survivors: float = Field(default=2 / 3, gt=0.5, le=1)
-    """Share of the clients that exchanged keys whose contributions must arrive, or the sum is never opened. Each adds
-    so much noise that this share suffices, so with nobody missing the noise's variance is too large by its inverse."""
-    threshold: float = Field(default=0.5, ge=0.5, lt=1)
-    """A secret is put together from more than this share of its holders; from half upwards, a server that tells some
-    holders that a client is there and others that it is gone still cannot open it."""
-    colluding: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of the clients that may tell the server all they know; their noise is then not counted."""
-    dropouts: float = Field(default=0.3, ge=0, lt=0.5)
-    """Share of the clients that may fall silent on the way; decides with how many others each exchanges keys."""
-    neighbours: int | None = Field(default=None, ge=2)
-    """With how many others each client exchanges keys; None: as few as the shares above allow, at most all."""
-    ring_bits: Literal[32, 64] = 32
-    """Bits of a number in an upload."""
-    simulated_dropouts: float = Field(default=0.0, ge=0, lt=0.5)
-    """Share of clients that pretend to fall silent, half before their contribution and half after it; only for
-    simulations."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> SecureSum:
-        if self.dropouts > 1 - self.survivors + 1e-9:
-            raise ValueError("more dropouts are expected than survivors allow; lower one of the two")
-        if self.colluding + 0.05 > self.survivors:
-            raise ValueError("colluding clients are as many as survivors, so nobody's noise would count")
-        return self
 
 
 class Terms(_Settings):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,8 @@ from fedrec.errors import FedrecError, TallyRefused
 from fedrec.privacy.ledger import Charge
 from fedrec.privacy.masking import SHARE_BYTES
 from fedrec.privacy.mechanism import GaussianMechanism
-from fedrec.privacy.terms import SecureSum, Terms, agree_on
+from fedrec.privacy.settings import SecureSum
+from fedrec.privacy.terms import Terms, agree_on
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link, Verb
 from fedrec.protocol.plan import RoundPlan
@@ -33,6 +33,7 @@ from fedrec.protocol.secure import (
     layout_of,
     unflatten,
 )
+from fedrec.random import Key
 from fedrec.server.gather import Gathered, Roster
 from fedrec.server.session import SecureSumServer
 
@@ -68,7 +69,7 @@ def secure_gather(
     charge: Charge,
     settings: SecureSum,
     timeout_seconds: float | None,
-    noise: Literal["system", "seed"] = "system",
+    seed: Key | None = None,
 ) -> SecureGathered:
     """Ask the chosen clients for a masked sum to which each adds its share of the noise.
 
@@ -84,7 +85,8 @@ def secure_gather(
         charge: the ledger's receipt for exactly this release; it is used up before anybody is asked.
         settings: how the sum is protected.
         timeout_seconds: how long to wait in each of the four phases.
-        noise: where clients take their noise from.
+        seed: names the session, from which clients then derive their noise, in a simulation; None: all of it comes
+            from operating systems.
 
     Returns:
         The noised sum, not divided by anything.
@@ -96,9 +98,10 @@ def secure_gather(
     """
     probe = plan_for(places[:0])
     layout = layout_of({name: tuple(shape) for name, (shape, _) in shapes.items()})
+    session = (os.urandom(16) if seed is None else bytes.fromhex(seed.child("session").hex())[:16]).hex()
     terms = agree_on(
-        os.urandom(16).hex(), probe.slice, probe.round, settings, len(places), layout,
-        mechanism.clip_norm, mechanism.noise_multiplier, noise,
+        session, probe.slice, probe.round, settings, len(places), layout,
+        mechanism.clip_norm, mechanism.noise_multiplier, "system" if seed is None else "seed",
     )  # fmt: skip
     charge.use(mechanism.noise_multiplier, mechanism.clip_norm)
     server = SecureSumServer(terms, _hosts(roster, places))

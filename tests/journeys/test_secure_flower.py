@@ -14,7 +14,7 @@ from fedrec.grid.in_process import SERVER_NODE_ID, InProcessGrid
 from fedrec.models.configs import PopularityConfig
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.mechanism import GaussianMechanism
-from fedrec.privacy.terms import SecureSum
+from fedrec.privacy.settings import SecureSum
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from fedrec.errors import MaskingError
 from fedrec.privacy.discrete import Grid, effective_multiplier, finest, noise_deviation
 from fedrec.privacy.masking import PRIME, KeyPair, add_mask, derive, join, keystream, seal, split, unseal
-from fedrec.privacy.terms import SecureSum, ring_neighbours
+from fedrec.privacy.settings import SecureSum
+from fedrec.privacy.terms import ring_neighbours
 from fedrec.random import Key
 
 

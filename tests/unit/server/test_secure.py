@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from fedrec.client.party import DONE, MASKED, Party
 from fedrec.client.secure import SecureNode
 from fedrec.errors import MaskingError
-from fedrec.privacy.terms import SecureSum, agree_on, degree
+from fedrec.privacy.settings import SecureSum
+from fedrec.privacy.terms import agree_on, degree
 from fedrec.protocol.link import Verb
 from fedrec.protocol.secure import (
     OF_KEY,
