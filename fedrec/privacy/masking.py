@@ -11,11 +11,16 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedrec.errors import MaskingError
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 KEY_BYTES = 32
 PRIME = 2**256 + 297
@@ -47,6 +52,13 @@ class KeyPair:
 
         return cls(private, X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw())
 
+    @cached_property
+    def _parsed(self) -> X25519PrivateKey:
+        """The private key as the library wants it, which costs as much as an agreement."""
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+        return X25519PrivateKey.from_private_bytes(self.private)
+
     def __repr__(self) -> str:
         """Return the public half only."""
         return f"KeyPair(public={self.public.hex()})"
@@ -57,10 +69,10 @@ class KeyPair:
         Raises:
             MaskingError: the other key is one of the few that force a known result.
         """
-        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
         try:
-            return X25519PrivateKey.from_private_bytes(self.private).exchange(X25519PublicKey.from_public_bytes(public))
+            return self._parsed.exchange(X25519PublicKey.from_public_bytes(public))
         except ValueError as error:
             raise MaskingError(f"A client advertised a key that nobody can agree with: {error}.") from error
 
