@@ -8,6 +8,7 @@ from typing import Any
 
 from fedrec.config import Experiment, PoissonCohort
 from fedrec.errors import PrivacyError
+from fedrec.models.configs import BlendConfig
 from fedrec.privacy.accounting import calibrate
 from fedrec.privacy.events import Event, GaussianEvent
 from fedrec.privacy.ledger import Charge, PrivacyLedger
@@ -83,6 +84,11 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
             events.append((f"slice {index}: co-occurrence statistic", GaussianEvent(noise_multiplier=noise)))
         if stage.rounds:
             events.append((f"slice {index}: {stage.rounds} rounds", _fitting(experiment, population, index, scale)))
+        if isinstance(experiment.model, BlendConfig):
+            tried = GaussianEvent(
+                noise_multiplier=settings.metrics_noise * scale, count=1 + len(experiment.model.weights)
+            )
+            events.append((f"slice {index}: validation of the fit", tried))
         if settings.metrics == "private":
             noise = settings.metrics_noise * scale
             events.append((f"slice {index}: metrics", GaussianEvent(noise_multiplier=noise, count=JUDGED)))

@@ -13,6 +13,7 @@ from fedrec import params as named
 from fedrec.config import Experiment, PoissonCohort
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
 from fedrec.errors import FedrecError, MaskingError, PrivacyError, RunError, TallyRefused
+from fedrec.models.build import trained
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
@@ -88,7 +89,7 @@ def run_round(
             time_slice.index,
             state.round,
             task,
-            recipe.experiment.model,
+            trained(recipe.experiment.model),
             time_slice.n_items,
             state.params,
             key,
