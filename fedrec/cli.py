@@ -92,6 +92,58 @@ def simulate(
 
 
 @app.command()
+def audit(
+    experiment: Annotated[str, typer.Argument(help="TOML file, or the name of an experiment that comes with fedrec.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for audit.json and audit.html.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option("--epsilon", help="Audit the experiment at this budget instead of its own.")
+    ] = None,
+    canaries: Annotated[int, typer.Option("--canaries", min=10, help="How many canary clients.")] = 1000,
+    confidence: Annotated[
+        float, typer.Option("--confidence", min=0.5, max=0.9999, help="Of all bounds together.")
+    ] = 0.95,
+    shadows: Annotated[
+        int, typer.Option("--shadows", min=0, help="Further runs that calibrate the attack on membership.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Decides who the canaries and the members are.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Attack an experiment in simulation; print the claim beside what was found, exit with 1 if it is broken."""
+    from rich.console import Console
+
+    from fedrec.config import Experiment, PoissonCohort
+
+    settings = Experiment.find(experiment)
+    _need("torch", "flwr")
+    from fedrec.audit.audit import AuditSettings
+    from fedrec.audit.audit import audit as attack
+    from fedrec.data.sources import load_dataset
+    from fedrec.evaluation.audit_page import print_audit, write_audit
+    from fedrec.progress import RunProgress
+    from fedrec.server.privacy_commands import wanted
+
+    if epsilon is not None:
+        settings = wanted(settings, epsilon, None, False)
+    how = AuditSettings(canaries=canaries, confidence=confidence, shadows=shadows, seed=seed)
+    notes = Console(stderr=True)
+    dataset = load_dataset(settings.data.source, say=lambda note: notes.print(note, highlight=False, markup=False))
+    cohort = settings.training.cohort
+    expected = cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
+    with RunProgress(notes, settings.n_slices * how.lives, expected) as bars:
+        command = shlex.join(["fedrec", *sys.argv[1:]])
+        document = attack(settings, dataset, how, command=command, observe=bars.observe)
+    page = None if out is None else write_audit(document, out)
+    if as_json:
+        print(json.dumps(document))
+    else:
+        print_audit(document, Console())
+        if page is not None:
+            print(f"Page: {page}")
+    if document["holds"] is False:
+        raise typer.Exit(1)
+
+
+@app.command()
 def recommend(
     history: Annotated[str, typer.Option("--history", help="Item ids, oldest first, separated by commas.")] = "",
     release: Annotated[str, typer.Option("--release", help="A version, or 'latest' (the promoted one).")] = "latest",

@@ -64,8 +64,9 @@ class Asked:
 class CanaryPool:
     """A `ClientPool` with canaries beside the real people; each sends all that it may in one number of the sum.
 
-    A canary is eligible in every window of training; when metrics are asked for it says nothing. No two canaries share a number, so that
-    none hides another (their directions are orthogonal); where there are more canaries than numbers the rest is silent.
+    A canary is eligible in every window of training; when metrics are asked for it says nothing. No two canaries share
+    a number, so that none hides another (their directions are orthogonal); where there are more canaries than numbers
+    the rest is silent.
 
     Attributes:
         included: [m] which canaries are in the pool at all; only the auditor knows.

@@ -40,6 +40,7 @@ class Heard:
         influence: [m] what the canary changed before noise was added.
         there: [m] whether the canary was asked.
         speaks: [m] whether it had a spot at all.
+        clip_norm: C.
         event: what was paid; None where nothing was.
     """
 
@@ -50,6 +51,7 @@ class Heard:
     influence: Floats
     there: Bools
     speaks: Bools
+    clip_norm: float
     event: GaussianEvent | None
 
 
@@ -81,24 +83,21 @@ class _Listener:
         if self._private:
             self._asked = [asked]
             return
-        influence = (asked.sent - asked.known) / asked.clip_norm
-        name = f"exact sum of a round ({asked.task})"
-        nothing = np.zeros_like(influence)
-        self.heard.append(
-            Heard(name, asked.task, influence, nothing, influence, asked.there, asked.speaks, None)
-        )
+        self._hear(f"exact sum of a round ({asked.task})", asked, asked.sent, asked.sent, asked.clip_norm, None)
 
     def release(self, release: Release) -> None:
         if not self._asked:
             return  # metrics, which canaries are not asked for, or a round without anybody
         asked = self._asked.pop()
         out, total = asked.read(release.noised), asked.read(release.total)
-        seen, noise, influence = (
-            part / release.clip_norm for part in (out - asked.known, out - total, total - asked.known)
-        )
-        self.heard.append(
-            Heard(release.name, asked.task, seen, noise, influence, asked.there, asked.speaks, release.event)
-        )
+        self._hear(release.name, asked, out, total, release.clip_norm, release.event)
+
+    def _hear(
+        self, name: str, asked: Asked, out: Floats, total: Floats, clip_norm: float, event: GaussianEvent | None
+    ) -> None:
+        seen, noise, influence = (part / clip_norm for part in (out - asked.known, out - total, total - asked.known))
+        speaks = asked.speaks
+        self.heard.append(Heard(name, asked.task, seen, noise, influence, asked.there, speaks, clip_norm, event))
 
 
 def record(
