@@ -30,6 +30,7 @@ class Leak:
 
     Attributes:
         task: kind of the task.
+        part: which part of the upload was read.
         view: "upload": what a client sends, as whoever receives it sees it; "noised": the same with the noise of the
             release, which is what is left for somebody who knows everybody else.
         precision: share of the named items that were touched.
@@ -42,6 +43,7 @@ class Leak:
     """
 
     task: str
+    part: str
     view: str
     precision: float
     recall: float
@@ -68,41 +70,45 @@ def touched(pool: LogPool, plan: RoundPlan, mechanism: GaussianMechanism | None,
     low, high = resolve(pool.log, plan.task.window)
     users = np.flatnonzero(high > low)
     slots = np.sort(key.child("who").numpy().permutation(len(users))[:n_people])
-    views: dict[str, list[tuple[float, float, float, float]]] = {}
+    found: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     for slot in slots:
-        tally = pool.run(replace(plan, slots=np.array([slot], np.int64)))
-        received = _received(tally, plan, pool.name)
+        tally = _received(pool.run(replace(plan, slots=np.array([slot], np.int64))), plan, pool.name)
         truth = np.zeros(plan.n_items, np.bool_)
         truth[pool.log.history(users[slot])[: high[users[slot]]]] = True
-        if truth.all() or not received.sums:
+        if truth.all() or not tally.sums:
             continue
-        views.setdefault("upload", []).append(_judged(strength(received.sums, plan), truth))
+        views = {"upload": tally.sums}
         if mechanism is not None:
-            noised = _noised(received.sums, mechanism, key.child("noise", int(slot)))
-            views.setdefault("noised", []).append(_judged(strength(noised, plan), truth))
-    return [_leak(plan.task.kind, view, np.array(rows)) for view, rows in views.items()]
+            views["noised"] = _noised(tally.sums, mechanism, key.child("noise", int(slot)))
+        for view, sums in views.items():
+            for part, strength in strengths(sums, plan).items():
+                found.setdefault((part, view), []).append(_judged(strength, truth))
+    return [_leak(plan.task.kind, part, view, np.array(rows)) for (part, view), rows in found.items()]
 
 
-def strength(sums: Mapping[str, Array], plan: RoundPlan) -> Floats:
-    """Return [n_items] how touched each item looks in an upload.
+def strengths(sums: Mapping[str, Array], plan: RoundPlan) -> dict[str, Floats]:
+    """Return, for each part of an upload that tells of items, [n_items] how touched each item looks in it.
 
-    Counts and pairs are never negative, so their sign helps against noise; of an update the length of the item's rows
-    counts; of the statistic in feature space what it gives the item's own features.
+    Counts and pairs are never negative, so their sign helps against noise; of the statistic in feature space what it
+    gives the item's own features counts; of an update the length of the item's rows.
     """
     n, task = plan.n_items, plan.task
-    if isinstance(task, CountTask):
-        return sums["counts"].astype(np.float64)
-    if isinstance(task, CooccurrenceTask) and "pairs" in sums:
-        return np.asarray(unpacked(sums["pairs"][:, 0], n).sum(axis=1), np.float64)
-    if isinstance(task, CooccurrenceTask) and "features" in sums:
+    found: dict[str, Floats] = {}
+    if not isinstance(task, CountTask | CooccurrenceTask):
+        from fedrec.models.build import MODELS
+
+        rows_of = sorted(MODELS[type(plan.model)].row_names & sums.keys())
+        squares = [np.square(sums[name].reshape(n, -1), dtype=np.float64).sum(axis=1) for name in rows_of]
+        return {"rows": np.sqrt(np.sum(squares, axis=0))} if squares else {}
+    if sums["counts"].any():
+        found["counts"] = sums["counts"].astype(np.float64)
+    if "pairs" in sums:
+        found["pairs"] = np.asarray(unpacked(sums["pairs"][:, 0], n).sum(axis=1), np.float64)
+    if "features" in sums:
         rows = plan.inputs["features"].astype(np.float64)
         square = unpacked(sums["features"], rows.shape[1]).astype(np.float64)
-        return np.asarray(((rows @ square) * rows).sum(axis=1) / np.maximum((rows**2).sum(axis=1), 1e-12))
-    from fedrec.models.build import MODELS
-
-    rows_of = sorted(MODELS[type(plan.model)].row_names & sums.keys())
-    squares = [np.square(sums[name].reshape(n, -1), dtype=np.float64).sum(axis=1) for name in rows_of]
-    return np.sqrt(np.sum(squares, axis=0)) if squares else np.zeros(n)
+        found["features"] = np.asarray(((rows @ square) * rows).sum(axis=1) / np.maximum((rows**2).sum(axis=1), 1e-12))
+    return found
 
 
 def _received(tally: Tally, plan: RoundPlan, node: str) -> Tally:
@@ -131,8 +137,8 @@ def _judged(found: Floats, truth: NDArray[np.bool_]) -> tuple[float, float, floa
     return hits / max(1, int(named.sum())), hits / wanted, wanted / n, auc
 
 
-def _leak(task: str, view: str, rows: Floats) -> Leak:
+def _leak(task: str, part: str, view: str, rows: Floats) -> Leak:
     precision, recall, chance, auc = (float(column.mean()) for column in rows.T)
     width = 1.96 * float(rows[:, 3].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else 0.5
     low, high = max(0.0, auc - width), min(1.0, auc + width)
-    return Leak(task, view, precision, recall, chance, auc, low, high, len(rows))
+    return Leak(task, part, view, precision, recall, chance, auc, low, high, len(rows))

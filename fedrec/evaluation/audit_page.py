@@ -22,8 +22,14 @@ BOUNDS = {
     "people": ("Membership of people", "nothing: it guesses which people were in, from the last release alone"),
 }
 QUESTIONS = {"person": "Was this person in the run?", "interaction": "Was this interaction in the run?"}
-TASKS = {"count": "counts", "cooccurrence": "statistic", "fit": "model update"}
-VIEWS = {"upload": "one upload", "noised": "under noise"}
+PARTS = {
+    ("count", "counts"): "counts",
+    ("cooccurrence", "counts"): "statistic's counts",
+    ("cooccurrence", "pairs"): "statistic's pairs",
+    ("cooccurrence", "features"): "statistic's features",
+    ("fit", "rows"): "model update",
+}
+VIEWS = {"upload": "alone", "noised": "noised"}
 
 
 def shown(document: Record) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def shown(document: Record) -> dict[str, Any]:
             }
         )
     uploads = [
-        {**row, "title": f"{TASKS[row['task']]}: {VIEWS[row['view']]}", "word": _word(row)}
+        {**row, "title": f"{PARTS[row['task'], row['part']]}, {VIEWS[row['view']]}", "word": _word(row)}
         for row in document["uploads"]
     ]
     members = [{**row, "title": QUESTIONS[name]} for name, row in document["membership"].items()]
@@ -166,9 +172,9 @@ def _epsilons(ax: Axes, document: Record) -> None:
     most = 1.15 * max([1.0, *known])
     for place, row in enumerate(reversed(rows)):
         value = most if row["unbounded"] else row["audited"] or 0.0
-        ax.barh(place, value, height=0.55, color=TROUBLE if row["exceeded"] or claimed is None else UP)
+        ax.barh(place, value, height=0.4, color=TROUBLE if row["exceeded"] or claimed is None else UP)
         label = "unbounded" if row["unbounded"] else row["audited_text"]
-        ax.annotate(label, (0.0, place), (4, 15), "data", "offset points", size=8.5, color=INK, va="center")
+        ax.annotate(label, (0.0, place), (4, 16), "data", "offset points", size=8.5, color=INK, va="center")
     if claimed is not None:
         ax.axvline(claimed, color=INK, lw=1.4, ls=(0, (4, 2)), label=f"claimed: {claimed:.3g}")
         ax.legend(loc="upper right", fontsize=8.5)
