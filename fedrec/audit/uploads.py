@@ -77,20 +77,22 @@ def touched(pool: LogPool, plan: RoundPlan, mechanism: GaussianMechanism | None,
         truth[pool.log.history(users[slot])[: high[users[slot]]]] = True
         if truth.all() or not tally.sums:
             continue
-        views = {"upload": tally.sums}
+        alone = strengths(tally.sums, plan)
+        views = {"upload": alone}
         if mechanism is not None:
-            views["noised"] = _noised(tally.sums, mechanism, key.child("noise", int(slot)))
-        for view, sums in views.items():
-            for part, strength in strengths(sums, plan).items():
-                found.setdefault((part, view), []).append(_judged(strength, truth))
+            views["noised"] = strengths(_noised(tally.sums, mechanism, key.child("noise", int(slot))), plan)
+        for view, parts in views.items():
+            for part in alone:
+                found.setdefault((part, view), []).append(_judged(parts[part], truth))
     return [_leak(plan.task.kind, part, view, np.array(rows)) for (part, view), rows in found.items()]
 
 
 def strengths(sums: Mapping[str, Array], plan: RoundPlan) -> dict[str, Floats]:
     """Return, for each part of an upload that tells of items, [n_items] how touched each item looks in it.
 
-    Counts and pairs are never negative, so their sign helps against noise; of the statistic in feature space what it
-    gives the item's own features counts; of an update the length of the item's rows.
+    Counts and pairs are never negative, so their sign helps against noise; of the statistic in feature space how far it
+    stretches the item's own features, for it lies in the span of those that were touched; of an update the length of
+    the item's rows.
     """
     n, task = plan.n_items, plan.task
     found: dict[str, Floats] = {}
@@ -107,7 +109,8 @@ def strengths(sums: Mapping[str, Array], plan: RoundPlan) -> dict[str, Floats]:
     if "features" in sums:
         rows = plan.inputs["features"].astype(np.float64)
         square = unpacked(sums["features"], rows.shape[1]).astype(np.float64)
-        found["features"] = np.asarray(((rows @ square) * rows).sum(axis=1) / np.maximum((rows**2).sum(axis=1), 1e-12))
+        length = np.maximum(np.linalg.norm(rows, axis=1), 1e-12)
+        found["features"] = np.asarray(np.linalg.norm(rows @ square, axis=1) / length)
     return found
 
 
@@ -120,7 +123,7 @@ def _received(tally: Tally, plan: RoundPlan, node: str) -> Tally:
 def _noised(sums: Mapping[str, Array], mechanism: GaussianMechanism, key: Key) -> dict[str, Array]:
     """Return one upload with the noise of the whole release."""
     charge = PrivacyLedger(None, epsilon=None, delta=0.5).charge("one upload", mechanism.event(), mechanism.clip_norm)
-    return mechanism.noised(sums, 1.0, charge, SeededNoise(key))
+    return mechanism.noised(dict(sorted(sums.items())), 1.0, charge, SeededNoise(key))
 
 
 def _judged(found: Floats, truth: NDArray[np.bool_]) -> tuple[float, float, float, float]:
