@@ -58,8 +58,13 @@ def shown(document: Record) -> dict[str, Any]:
 
 
 def _word(row: Record) -> str:
-    """Say whether items are found better than by chance, over people and with 95 % confidence."""
-    return "LEAKING" if row["auc_low"] > 0.5 else "chance"
+    """Say whether items are found better than by chance, over people and with 95 % confidence.
+
+    Noise for a budget leaves a little to be found, which the budget covers; what an upload tells, nothing covers.
+    """
+    if row["auc_low"] <= 0.5:
+        return "chance"
+    return "LEAKING" if row["view"] == "upload" else "within epsilon"
 
 
 def print_audit(document: Record, console: Console) -> None:

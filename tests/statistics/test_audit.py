@@ -188,3 +188,16 @@ def test_exact_sums_give_everybody_away() -> None:
     bound = canary_bound(found.heard, found.included, DELTA, CONFIDENCE)
     assert bound.epsilon == bound.ceiling > 2.5
     assert measured_epsilon(found.heard, found.included, DELTA, CONFIDENCE) == math.inf
+
+
+@pytest.mark.slow
+def test_sound_runs_are_called_broken_no_oftener_than_the_confidence_says() -> None:
+    passed = np.zeros(2, np.int64)
+    for seed in range(200):
+        found = heard(statistics().model_copy(update={"seed": seed}), seed)
+        guessed = canary_bound(found.heard, found.included, DELTA, 0.95).epsilon
+        measured = measured_epsilon(found.heard, found.included, DELTA, 0.95)
+        assert measured is not None
+        passed += np.array([guessed, measured]) > claimed(found)
+    # 10 of 200 at most are expected; 20 is more than three deviations of a binomial above.
+    assert passed.max() <= 20
