@@ -10,6 +10,7 @@ FedrecError
     CorruptRelease its bytes do not match its digest
   PrivacyError     a privacy setting, a charge or a ledger makes no sense
     BudgetExhausted  the next release would spend more than the budget
+    MaskingError   a masked sum is refused: too few clients, a replay, a forged or missing share
   RunError         a run cannot go on (no clients, no nodes, wrong experiment to resume)
 
 Every message is one sentence that says what was wrong, where, and what to do. The command line prints it and exits 1.
@@ -59,6 +60,10 @@ class PrivacyError(FedrecError):
 
 class BudgetExhausted(PrivacyError):
     """The next release would spend more than the budget; nothing was sent."""
+
+
+class MaskingError(PrivacyError):
+    """A masked sum is refused; nothing of it was opened."""
 
 
 class RunError(FedrecError):

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedrec.client.pool import ClientPool, LogPool
+from fedrec.client.secure import SecureNode
 from fedrec.config import Experiment
 from fedrec.data.sources import load_dataset
 from fedrec.errors import RunError
-from fedrec.protocol.flower import from_record, to_record
+from fedrec.protocol.flower import RECORD, from_record, to_record
+from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
+
+SECURE: tuple[Verb, ...] = ("advertise", "share", "mask", "unmask")
+MEMORY = "fedrec-secure"
 
 
 def client_app(pool_for: Callable[[Context], ClientPool]) -> ClientApp:
@@ -32,7 +37,23 @@ def client_app(pool_for: Callable[[Context], ClientPool]) -> ClientApp:
         plan, pool = RoundPlan.from_bytes(_document(message)), pool_for(context)
         return _reply(message, pool.run(plan).to_bytes(plan.coding, pool.name))
 
+    for verb in SECURE:
+        made.train(verb)(_phase(verb, pool_for))
     return made
+
+
+def _phase(verb: Verb, pool_for: Callable[[Context], ClientPool]) -> Callable[[Message, Context], Message]:
+    """Return how a node answers in one phase of a secure sum; between them its secrets stay in its Flower context."""
+
+    def answer(message: Message, context: Context) -> Message:
+        kept = context.state.get(MEMORY)
+        memory = None if kept is None else from_record(RecordDict({RECORD: kept}))
+        node = SecureNode(pool_for(context), memory)
+        document = node.answer(verb, _document(message))
+        context.state[MEMORY] = to_record(node.memory)[RECORD]
+        return _reply(message, document)
+
+    return answer
 
 
 def _document(message: Message) -> bytes:

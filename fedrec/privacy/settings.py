@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LEAST_CLIENTS = 3
+"""In a sum of two, each knows the other's number."""
 
 
 class _Settings(BaseModel):
@@ -17,13 +20,45 @@ class NoPrivacy(_Settings):
     mode: Literal["none"] = "none"
 
 
-class CentralPrivacy(_Settings):
-    """The server is trusted: nodes clip and add up, the server adds the noise to the sum.
+class SecureSum(_Settings):
+    """How clients add up their contributions so that the server sees the sum alone."""
+
+    minimum: int = Field(default=10, ge=LEAST_CLIENTS)
+    """The server learns no sum of fewer clients."""
+    survivors: float = Field(default=2 / 3, gt=0.5, le=1)
+    """Share of the clients that exchanged keys whose contributions must arrive, or the sum is never opened. Each adds
+    so much noise that this share suffices, so with nobody missing the noise's variance is too large by its inverse."""
+    threshold: float = Field(default=0.5, ge=0.5, lt=1)
+    """A secret is put together from more than this share of its holders; from half upwards, a server that tells some
+    holders that a client is there and others that it is gone still cannot open it."""
+    colluding: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of the clients that may tell the server all they know; their noise is then not counted."""
+    dropouts: float = Field(default=0.3, ge=0, lt=0.5)
+    """Share of the clients that may fall silent on the way; decides with how many others each exchanges keys."""
+    neighbours: int | None = Field(default=None, ge=2)
+    """With how many others each client exchanges keys; None: as few as the shares above allow, at most all."""
+    ring_bits: Literal[32, 64] = 32
+    """Bits of a number in an upload."""
+    simulated_dropouts: float = Field(default=0.0, ge=0, lt=0.5)
+    """Share of clients that pretend to fall silent, half before their contribution and half after it; only for
+    simulations."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> SecureSum:
+        if self.dropouts > 1 - self.survivors + 1e-9:
+            raise ValueError("more dropouts are expected than survivors allow; lower one of the two")
+        if self.colluding + 0.05 > self.survivors:
+            raise ValueError("colluding clients are as many as survivors, so nobody's noise would count")
+        return self
+
+
+class UserLevelPrivacy(_Settings):
+    """What both modes share in which the sum over people gets noise.
 
     Unit: the user. Adjacency: add or remove one person with the whole history.
     """
 
-    mode: Literal["central"] = "central"
+    mode: Literal["central", "distributed"]
 
     epsilon: float = Field(gt=0)
     """Budget over the whole life of the run; whatever would pass it is refused before anything is sent."""
@@ -54,4 +89,22 @@ class CentralPrivacy(_Settings):
     """Noise multiplier of one recommender's metrics."""
 
 
-Privacy = Annotated[NoPrivacy | CentralPrivacy, Field(discriminator="mode")]
+class CentralPrivacy(UserLevelPrivacy):
+    """The server is trusted: nodes clip and add up, the server adds the noise to the sum."""
+
+    mode: Literal["central"] = "central"
+
+
+class DistributedPrivacy(UserLevelPrivacy):
+    """The server sees masked sums alone, in which every client's share of the noise already is."""
+
+    mode: Literal["distributed"] = "distributed"
+
+    secure_sum: SecureSum = SecureSum()
+    """How clients add up so that the server sees the sum alone."""
+    against: Literal["server", "readers"] = "server"
+    """Whose view the budget bounds: "server" claims nothing from sampling, for the server draws the cohort and knows
+    who is in it; "readers" of releases do not know, so sampling amplifies; against the server it is then weaker."""
+
+
+Privacy = Annotated[NoPrivacy | CentralPrivacy | DistributedPrivacy, Field(discriminator="mode")]

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Verb = Literal["census", "run"]
+Verb = Literal["census", "run", "advertise", "share", "mask", "unmask"]
+"""What can be asked of a node; the last four are the phases of a secure sum."""
 
 
 @dataclass(frozen=True)

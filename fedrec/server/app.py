@@ -19,7 +19,14 @@ from fedrec.server.lifelong import Event
 from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, check, run_experiment
 
-MESSAGE_TYPES: Mapping[Verb, str] = {"census": "query.census", "run": "train.run"}
+MESSAGE_TYPES: Mapping[Verb, str] = {
+    "census": "query.census",
+    "run": "train.run",
+    "advertise": "train.advertise",
+    "share": "train.share",
+    "mask": "train.mask",
+    "unmask": "train.unmask",
+}
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,18 @@
-"""Asking nodes for sums: send plans, check what comes back, add it up; and the same with a charge and noise."""
+"""Asking nodes for sums: send plans, check what comes back, add it up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedrec.errors import FedrecError, RunError, TallyRefused
 from fedrec.params import Accumulator, Params
-from fedrec.privacy.mechanism import GaussianMechanism
-from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation, Tally
-from fedrec.server.guard import Guard
-
-Prepare = Callable[[Params, int], Params]
-"""Turns the sum of so many clients into what noise is added to."""
 
 
 @dataclass(frozen=True)
@@ -139,54 +133,3 @@ def gather(
         sorted(fold.sums.value().items())
     )  # documents are read in random order, which shows in a norm's last bit
     return Gathered(sums, fold.n_clients, fold.stats, len(places), tuple(fold.refused), sent, bytes_up)
-
-
-def private_gather(
-    guard: Guard,
-    name: str,
-    mechanism: GaussianMechanism,
-    rate: float,
-    expected_cohort: float,
-    link: Link,
-    roster: Roster,
-    plan_for: Callable[[NDArray[np.int64]], RoundPlan],
-    shapes: Shapes,
-    timeout_seconds: float | None,
-    prepare: Prepare | None = None,
-) -> Gathered:
-    """Charge the ledger, draw the cohort, gather, add noise: what comes back is ``(sum + noise) / expected_cohort``.
-
-    The charge is on disk before anybody is asked, and it pays for exactly one result. A cohort without anybody is
-    noised like any other, for that nobody took part is somebody's secret too. Whatever statistics came along are
-    dropped: they carry no noise.
-
-    Args:
-        guard: ledger and noise.
-        name: what the charge is for; a second charge of the same name is a retry, which pays again.
-        mechanism: clip norm and noise.
-        rate: probability with which each eligible client takes part.
-        expected_cohort: what the noised sum is divided by: public, never the number that came.
-        link: how to reach the nodes.
-        roster: the nodes and their eligible clients.
-        plan_for: the plan for a node's slots.
-        shapes: what the sums look like.
-        timeout_seconds: how long to wait.
-        prepare: turns the sum of so many clients into what noise is added to; it then also checks their bound.
-
-    Raises:
-        BudgetExhausted: the charge would pass the budget; nothing was sent.
-        RunError: every node that was asked failed; the charge stands.
-    """
-    charge = guard.ledger.charge(name, mechanism.event(rate), clip_norm=mechanism.clip_norm)
-    secret = guard.secret(charge)
-    everyone = np.arange(roster.n_clients, dtype=np.int64)
-    places = everyone if rate >= 1.0 else everyone[secret.child("cohort").uniforms(everyone, 1)[:, 0] < rate]
-    bound = mechanism.clip_norm if prepare is None else None
-    got = gather(link, roster, places, plan_for, lambda n: Expectation(shapes, n, bound), timeout_seconds)
-    total = got.sums or _zeros(shapes)
-    total = total if prepare is None else prepare(total, got.n_clients)
-    return replace(got, sums=mechanism.noised(total, expected_cohort, charge, guard.noise(secret)), stats={})
-
-
-def _zeros(shapes: Shapes) -> Params:
-    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}

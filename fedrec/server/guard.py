@@ -13,7 +13,7 @@ from fedrec.privacy.events import Event, GaussianEvent
 from fedrec.privacy.ledger import Charge, PrivacyLedger
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.noise import NoiseSource, SecureNoise, SeededNoise
-from fedrec.privacy.settings import CentralPrivacy
+from fedrec.privacy.settings import DistributedPrivacy, UserLevelPrivacy
 from fedrec.protocol.codec import AnyCodec, Plain, Sparse
 from fedrec.random import Key
 
@@ -33,7 +33,7 @@ class Guard:
         population: public number of people in the first slice and in later ones.
     """
 
-    settings: CentralPrivacy
+    settings: UserLevelPrivacy
     ledger: PrivacyLedger
     scale: float
     root: Key | None
@@ -46,6 +46,10 @@ class Guard:
     def rate(self, slice_index: int, expected: float) -> float:
         """Return the probability with which each eligible person is asked in a round."""
         return min(1.0, expected / self.people(slice_index))
+
+    def charged(self, rate: float) -> float:
+        """Return the sampling rate that the ledger is charged for, when people are asked with probability `rate`."""
+        return _claimed(self.settings, rate)
 
     def mechanism(self, multiplier: float, clip_norm: float) -> GaussianMechanism:
         """Return the mechanism of a purpose, its noise multiplier calibrated."""
@@ -68,6 +72,8 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
     """
     settings, training = user_level(experiment), experiment.training
     _check_codec(training.codec)
+    if isinstance(settings, DistributedPrivacy):
+        _check_masked(experiment, settings, population)
     events: list[tuple[str, Event]] = []
     for index in range(experiment.n_slices):
         stage = training.base if index == 0 else training.later
@@ -93,6 +99,32 @@ def _check_codec(codec: AnyCodec) -> None:
         )
 
 
+def _check_masked(experiment: Experiment, settings: DistributedPrivacy, population: tuple[int, int]) -> None:
+    """Refuse what cannot be asked for in a masked sum."""
+    least, training = settings.secure_sum.minimum, experiment.training
+    if min(population) < least:
+        raise PrivacyError(
+            f"A masked sum needs {least} clients at least, but only {min(population)} are there; lower "
+            "privacy.secure_sum.minimum or wait for more."
+        )
+    fits = training.base.rounds or training.later.rounds
+    if fits and isinstance(training.cohort, PoissonCohort) and training.cohort.expected < least:
+        raise PrivacyError(
+            f"A cohort of {training.cohort.expected:g} is smaller than the {least} clients that a masked sum needs at "
+            "least; raise training.cohort.expected or lower privacy.secure_sum.minimum."
+        )
+    if training.statistics is not None and training.statistics.sketch == "pairs":
+        raise PrivacyError(
+            "A statistic of item pairs is sparse, which would tell the server who took what, or too large to be "
+            'masked; set training.statistics.sketch to "features".'
+        )
+
+
+def _claimed(settings: UserLevelPrivacy, rate: float) -> float:
+    """Return the sampling rate that may be claimed: a server that draws the cohort knows who is in it."""
+    return 1.0 if isinstance(settings, DistributedPrivacy) and settings.against == "server" else rate
+
+
 def _fitting(experiment: Experiment, population: tuple[int, int], index: int, scale: float) -> Event:
     settings, training = user_level(experiment), experiment.training
     stage = training.base if index == 0 else training.later
@@ -102,7 +134,7 @@ def _fitting(experiment: Experiment, population: tuple[int, int], index: int, sc
             'or privacy.fit.kind to "banded", which needs no sampling.'
         )
     rate = min(1.0, training.cohort.expected / population[min(index, 1)])
-    return GaussianEvent(noise_multiplier=settings.fit * scale, sampling=rate, count=stage.rounds)
+    return GaussianEvent(noise_multiplier=settings.fit * scale, sampling=_claimed(settings, rate), count=stage.rounds)
 
 
 def calibrated(experiment: Experiment, population: tuple[int, int]) -> float:
@@ -115,14 +147,14 @@ def calibrated(experiment: Experiment, population: tuple[int, int]) -> float:
     )
 
 
-def user_level(experiment: Experiment) -> CentralPrivacy:
+def user_level(experiment: Experiment) -> UserLevelPrivacy:
     """Return the settings of a run that is private at user level.
 
     Raises:
         PrivacyError: it is not.
     """
     settings = experiment.privacy
-    if isinstance(settings, CentralPrivacy):
+    if isinstance(settings, UserLevelPrivacy):
         return settings
     raise PrivacyError(f'privacy.mode is "{settings.mode}", so there is no user-level budget to plan.')
 
@@ -141,7 +173,7 @@ def guard_of(experiment: Experiment, ledger: PrivacyLedger, n_people: int) -> Gu
     return Guard(settings, ledger, calibrated(experiment, population), root, population)
 
 
-def populations(settings: CentralPrivacy, n_people: int) -> tuple[int, int]:
+def populations(settings: UserLevelPrivacy, n_people: int) -> tuple[int, int]:
     """Return the public number of people in the first slice and in later ones."""
     first = settings.population or n_people
     return first, settings.later_population or first
@@ -163,8 +195,8 @@ def statement(guard: Guard) -> dict[str, Any]:
     return {
         "statement": (
             f"User-level differential privacy, mode {settings.mode}; adjacency: add or remove one person with the "
-            "whole history. The server is trusted: nodes clip each person's contribution and add up, the server adds "
-            "noise. In rounds of training every eligible person is sampled independently (Poisson); "
+            f"whole history. {_trust(settings)} "
+            "In rounds of training every eligible person is sampled independently (Poisson); "
             "the number of people is public. Accounted over the whole life with privacy loss distributions. "
             f"{metrics} {drawn} Settings that were tuned on this data are not accounted for."
         ),
@@ -178,3 +210,19 @@ def statement(guard: Guard) -> dict[str, Any]:
         "metrics": settings.metrics,
         "scale": guard.scale,
     }
+
+
+def _trust(settings: UserLevelPrivacy) -> str:
+    """Return who must be believed, and for what."""
+    if not isinstance(settings, DistributedPrivacy):
+        return "The server is trusted: nodes clip each person's contribution and add up, the server adds noise."
+    view = (
+        "The budget holds against the server too, so nothing is claimed from sampling."
+        if settings.against == "server"
+        else "The budget holds against readers of releases, who do not know who was sampled; the server does, and "
+        "against it the guarantee is weaker."
+    )
+    return (
+        "The server sees masked sums alone, in which the clients' noise already is, and who took part; it is trusted "
+        "to introduce real clients to each other and to say how many there are. " + view
+    )

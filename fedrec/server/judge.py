@@ -21,8 +21,9 @@ from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import EvaluateTask, FitTask
-from fedrec.server.gather import Gathered, Roster, gather, private_gather
+from fedrec.server.gather import Gathered, Roster, gather
 from fedrec.server.guard import Guard
+from fedrec.server.private import private_gather
 from fedrec.server.round import Recipe, take_census
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState

@@ -23,7 +23,7 @@ from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
-from fedrec.server.gather import Gathered, Roster, gather, private_gather
+from fedrec.server.gather import Gathered, Roster, gather
 from fedrec.server.guard import Guard, statement
 from fedrec.server.judge import (
     Contender,
@@ -34,6 +34,7 @@ from fedrec.server.judge import (
     local_only_contender,
     popularity_contender,
 )
+from fedrec.server.private import private_gather
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
 from fedrec.server.round import Recipe, run_round, take_census

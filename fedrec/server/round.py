@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedrec import params as named
 from fedrec.config import Experiment, PoissonCohort
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
-from fedrec.errors import FedrecError, PrivacyError, RunError, TallyRefused
+from fedrec.errors import FedrecError, MaskingError, PrivacyError, RunError, TallyRefused
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
@@ -20,8 +20,9 @@ from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import FitTask
 from fedrec.random import Key
 from fedrec.server import optimizer
-from fedrec.server.gather import Gathered, Roster, gather, private_gather
+from fedrec.server.gather import Gathered, Roster, gather
 from fedrec.server.guard import Guard
+from fedrec.server.private import private_gather
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState
 
@@ -148,23 +149,26 @@ def private_fit(
     shapes: Shapes,
     recipe: Recipe,
 ) -> Gathered:
-    """Gather one round's mean update with noise, divided by the expected cohort."""
+    """Gather one round's mean update with noise, divided by the expected cohort; nothing if masks stay shut."""
     cohort = recipe.experiment.training.cohort
     if not isinstance(cohort, PoissonCohort):
         raise PrivacyError('A private round needs Poisson sampling; set training.cohort.kind to "poisson".')
     rate = guard.rate(time_slice.index, cohort.expected)
-    return private_gather(
-        guard,
-        f"slice {time_slice.index}: round {state.round}",
-        guard.mechanism(guard.settings.fit, task.local.clip_norm),
-        rate,
-        rate * guard.people(time_slice.index),
-        link,
-        roster,
-        plan_for,
-        shapes,
-        recipe.experiment.training.timeout_seconds,
-    )
+    try:
+        return private_gather(
+            guard,
+            f"slice {time_slice.index}: round {state.round}",
+            guard.mechanism(guard.settings.fit, task.local.clip_norm),
+            rate,
+            rate * guard.people(time_slice.index),
+            link,
+            roster,
+            plan_for,
+            shapes,
+            recipe.experiment.training.timeout_seconds,
+        )
+    except MaskingError as error:
+        return Gathered({}, 0, {}, 0, ({"node": "all", "reason": f"the round is abandoned: {error}"},), 0, 0)
 
 
 def round_key(experiment: Experiment, slice_index: int, round_number: int) -> Key:

@@ -23,6 +23,7 @@ from fedrec.models.build import build
 from fedrec.models.configs import SpectralConfig
 from fedrec.privacy.accounting import check_delta
 from fedrec.privacy.ledger import PrivacyLedger
+from fedrec.privacy.settings import UserLevelPrivacy
 from fedrec.protocol.link import Link
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
 from fedrec.server.guard import Guard, guard_of, planned, user_level
@@ -104,7 +105,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     metric_names(experiment.evaluation.ks)
     build(experiment.model, 1, ServerState.root_key(experiment))
     _check_statistics(experiment, dataset)
-    if experiment.privacy.mode == "central":
+    if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
 
 
@@ -162,7 +163,7 @@ def run_experiment(
     slices = cut(experiment, dataset)
     recipe = Recipe(experiment, dataset.catalog.digest(), clock)
     with ExitStack() as stack:
-        if experiment.privacy.mode == "central":
+        if isinstance(experiment.privacy, UserLevelPrivacy):
             guard = _guard(experiment, folder, link, slices[0], recipe, observe)
             recipe = replace(recipe, guard=guard)
             stack.enter_context(guard.ledger)

@@ -23,9 +23,9 @@ from fedrec.privacy.events import GaussianEvent
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
-from fedrec.server.gather import private_gather
 from fedrec.server.guard import Guard, calibrated, guard_of, planned, user_level
 from fedrec.server.judge import initial
+from fedrec.server.private import private_gather
 from fedrec.server.round import Recipe, run_round, take_census
 from fedrec.server.run import LEDGER, check, cut
 from fedrec.server.state import ServerState

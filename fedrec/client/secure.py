@@ -1,0 +1,199 @@
+"""What a node answers to the server of a secure sum, for all the parties that it hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from fedrec.client.party import STATE, Party, contribution
+from fedrec.client.pool import ClientPool
+from fedrec.errors import MaskingError
+from fedrec.params import Array
+from fedrec.privacy.masking import SHARE_BYTES
+from fedrec.privacy.noise import NoiseSource, SecureNoise, SeededNoise, Uniforms, system_uniforms
+from fedrec.privacy.terms import Terms
+from fedrec.protocol import wire
+from fedrec.protocol.link import Verb
+from fedrec.protocol.plan import RoundPlan
+from fedrec.protocol.secure import (
+    AdvertiseReply,
+    AdvertiseRequest,
+    Bytes,
+    Ints,
+    MaskReply,
+    MaskRequest,
+    ShareReply,
+    ShareRequest,
+    UnmaskReply,
+    UnmaskRequest,
+    flatten,
+)
+
+REMEMBERED = 256
+"""So many past sessions a node can tell from new ones; older ones fail for their keys are gone."""
+
+
+class SecureNode:
+    """The parties that one node hosts. What it must remember between messages is one document, `memory`.
+
+    A node knows its clients' contributions, as it always does; the server sees only sums of masked ones. Contributions
+    of one node go into one masked sum, in which the masks between them cancel, so those are not computed.
+    """
+
+    def __init__(self, pool: ClientPool, memory: bytes | None = None) -> None:
+        """Go on from `memory`, or start."""
+        self._pool = pool
+        self._sessions: list[str] = []
+        self._terms: Terms | None = None
+        self._n_sharing = 0
+        self._parties: dict[int, Party] = {}
+        if memory is not None:
+            self._recall(memory)
+
+    def answer(self, verb: Verb, document: bytes) -> bytes:
+        """Return the answer to one question of the server.
+
+        Raises:
+            MaskingError: the question is out of turn, a replay, for another round, or asks for what must not be told.
+            ProtocolError: it is malformed.
+        """
+        answers: dict[str, Callable[[bytes], bytes]] = {
+            "advertise": lambda document: self._advertise(AdvertiseRequest.from_bytes(document)).to_bytes(),
+            "share": lambda document: self._share(ShareRequest.from_bytes(document)).to_bytes(),
+            "mask": lambda document: self._mask(MaskRequest.from_bytes(document)).to_bytes(),
+            "unmask": lambda document: self._unmask(UnmaskRequest.from_bytes(document)).to_bytes(),
+        }
+        return answers[verb](document)
+
+    def _advertise(self, request: AdvertiseRequest) -> AdvertiseReply:
+        if request.session != request.terms.session or request.session in self._sessions:
+            raise MaskingError("This session of a secure sum was held before; a new one needs a new name.")
+        request.terms.check()
+        numbers, slots = request.parties.tolist(), request.slots.tolist()
+        if len(set(numbers)) != len(numbers) or len(set(slots)) != len(slots) or min(numbers, default=0) < 0:
+            raise MaskingError("The server names a client twice.")
+        self._sessions = [*self._sessions, request.session][-REMEMBERED:]
+        self._terms, self._n_sharing = request.terms, 0
+        self._parties = {n: Party(request.terms, n, slot) for n, slot in zip(numbers, slots, strict=True)}
+        adverts = np.stack([party.advert() for party in self._parties.values()])
+        return AdvertiseReply(request.session, request.parties, adverts)
+
+    def _share(self, request: ShareRequest) -> ShareReply:
+        parties = self._called(request.session, request.parties)
+        if len(set(request.known.tolist())) != len(request.known):
+            raise MaskingError("The server names a client twice.")
+        place = {number: at for at, number in enumerate(request.known.tolist())}
+        if not set(request.neighbours.ravel().tolist()) <= place.keys():
+            raise MaskingError("The server names neighbours without their keys.")
+        letters = [
+            party.share(request.n_parties, row, request.adverts[[place[int(other)] for other in row]])
+            for party, row in zip(parties, request.neighbours, strict=True)
+        ]
+        self._parties = {party.number: party for party in parties}
+        return ShareReply(request.session, request.parties, np.stack(letters))
+
+    def _mask(self, request: MaskRequest) -> MaskReply:
+        parties, terms = self._called(request.session, request.parties), self._known_terms
+        plan = RoundPlan.from_bytes(request.plan.tobytes())
+        if (plan.slice, plan.round) != (terms.slice, terms.round):
+            raise MaskingError(
+                f"The plan is for round {plan.round} of slice {plan.slice}, the keys for round {terms.round} of slice "
+                f"{terms.slice}."
+            )
+        if sorted(plan.slots.tolist()) != sorted(party.slot for party in parties):
+            raise MaskingError("The plan is for other clients than those that exchanged keys.")
+        self._n_sharing = request.n_sharing
+        for party, present, letters in zip(parties, request.present, request.letters, strict=True):
+            party.receive(request.n_sharing, present, letters)
+        staying = self._pretend(parties, plan)
+        together = frozenset(party.number for party in staying)
+        total = np.zeros(terms.n_values, terms.grid.dtype)
+        deviation = terms.deviation(request.n_sharing)
+        for party in staying:
+            own = self._pool.run(replace(plan, slots=np.array([party.slot], np.int64)))
+            units = contribution(terms, deviation, flatten(terms, own.sums), *_randomness(terms, plan, party.number))
+            party.mask(total, units, together)
+        self._parties = {party.number: party for party in staying}
+        return MaskReply(request.session, np.array([party.number for party in staying], np.int64), total)
+
+    def _unmask(self, request: UnmaskRequest) -> UnmaskReply:
+        parties = self._called(request.session, request.parties)
+        told: list[tuple[int, Bytes, Bytes]] = []
+        for party, arrived in zip(parties, request.arrived, strict=True):
+            kinds, shares = party.unmask(self._n_sharing, request.n_arrived, arrived)
+            if not party.silent:
+                told.append((party.number, kinds, shares))
+        self._parties = {}
+        k = request.arrived.shape[1]
+        return UnmaskReply(
+            request.session,
+            np.array([number for number, _, _ in told], np.int64),
+            np.array([kinds for _, kinds, _ in told], np.uint8).reshape(-1, k + 1),
+            np.array([shares for _, _, shares in told], np.uint8).reshape(-1, k + 1, SHARE_BYTES),
+        )
+
+    def _pretend(self, parties: list[Party], plan: RoundPlan) -> list[Party]:
+        """Return who does not fall silent before contributing, where a simulation asks for that."""
+        rate = self._known_terms.settings.simulated_dropouts
+        if not rate:
+            return parties
+        numbers = np.array([party.number for party in parties], np.int64)
+        drawn = plan.key.child("secure sum", self._known_terms.session, "dropouts").uniforms(numbers, 1)[:, 0]
+        for party, u in zip(parties, drawn, strict=True):
+            party.silent = bool(u < rate)
+        return [party for party, u in zip(parties, drawn, strict=True) if u >= rate / 2]
+
+    @property
+    def _known_terms(self) -> Terms:
+        if self._terms is None:
+            raise MaskingError("The server speaks of a secure sum that was not begun.")
+        return self._terms
+
+    def _called(self, session: str, numbers: Ints) -> list[Party]:
+        if session != self._known_terms.session:
+            raise MaskingError("The server speaks of another session of a secure sum than it began last.")
+        found = [self._parties.get(int(number)) for number in numbers]
+        if len(set(numbers.tolist())) != len(numbers) or not found or None in found:
+            raise MaskingError("The server names clients twice or such as are not in the session.")
+        return [party for party in found if party is not None]
+
+    @property
+    def memory(self) -> bytes:
+        """All that must be remembered until the next message. It holds secrets: it never leaves the node."""
+        header: dict[str, Any] = {
+            "sessions": self._sessions,
+            "terms": None if self._terms is None else self._terms.model_dump(mode="json"),
+            "n_sharing": self._n_sharing,
+        }
+        parties = list(self._parties.values())
+        tensors: dict[str, Array] = {
+            name: np.array([getattr(party, name) for party in parties], np.int64)
+            for name in ("number", "slot", "phase", "silent")
+        }
+        if parties:
+            tensors |= {name: np.stack([party.to_state()[name] for party in parties]) for name in STATE}
+        return wire.pack("secure-memory", header, tensors)
+
+    def _recall(self, memory: bytes) -> None:
+        header, tensors = wire.unpack("secure-memory", memory)
+        try:
+            self._terms = None if header["terms"] is None else Terms.model_validate(header["terms"])
+        except ValidationError as error:
+            raise MaskingError(f"What the node remembers of a secure sum is damaged: {error}") from error
+        self._sessions, self._n_sharing = list(header["sessions"]), int(header["n_sharing"])
+        plain = zip(*(tensors[name].tolist() for name in ("number", "slot", "phase", "silent")), strict=True)
+        for at, (number, slot, phase, silent) in enumerate(plain):
+            arrays = {name: tensors[name][at] for name in STATE}
+            self._parties[number] = Party(self._known_terms, number, slot, phase, bool(silent), **arrays)
+
+
+def _randomness(terms: Terms, plan: RoundPlan, party: int) -> tuple[NoiseSource, Uniforms]:
+    if terms.noise == "system":
+        return SecureNoise(), system_uniforms
+    key = plan.key.child("secure sum", terms.session, "party", party)
+    generator = key.child("rounding").numpy()
+    return SeededNoise(key.child("noise")), lambda n: 1.0 - generator.random(n)

@@ -1,0 +1,81 @@
+"""Gathering with a charge and noise: what comes back may be released."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedrec import params as named
+from fedrec.params import Params
+from fedrec.privacy.mechanism import GaussianMechanism
+from fedrec.privacy.settings import DistributedPrivacy
+from fedrec.protocol.codec import Shapes
+from fedrec.protocol.link import Link
+from fedrec.protocol.plan import RoundPlan
+from fedrec.protocol.tally import Expectation
+from fedrec.server.gather import Gathered, Roster, gather
+from fedrec.server.guard import Guard
+from fedrec.server.secure import secure_gather
+
+PlanFor = Callable[[NDArray[np.int64]], RoundPlan]
+Prepare = Callable[[Params, int], Params]
+"""Turns the sum of so many clients into what noise is added to."""
+
+
+def private_gather(
+    guard: Guard,
+    name: str,
+    mechanism: GaussianMechanism,
+    rate: float,
+    expected_cohort: float,
+    link: Link,
+    roster: Roster,
+    plan_for: PlanFor,
+    shapes: Shapes,
+    timeout_seconds: float | None,
+    prepare: Prepare | None = None,
+) -> Gathered:
+    """Charge the ledger, draw the cohort, gather, add noise: what comes back is ``(sum + noise) / expected_cohort``.
+
+    The charge is on disk before anybody is asked, and it pays for exactly one result. Where the server is trusted, a
+    cohort without anybody is noised like any other, for that nobody took part is somebody's secret too; a masked sum of
+    too few is never opened. Whatever statistics came along are dropped: they carry no noise.
+
+    Args:
+        guard: ledger and noise.
+        name: what the charge is for; a second charge of the same name is a retry, which pays again.
+        mechanism: clip norm and noise.
+        rate: probability with which each eligible client takes part.
+        expected_cohort: what the noised sum is divided by: public, never the number that came.
+        link: how to reach the nodes.
+        roster: the nodes and their eligible clients.
+        plan_for: the plan for a node's slots.
+        shapes: what the sums look like.
+        timeout_seconds: how long to wait.
+        prepare: turns the sum of so many clients into what noise is added to; it then also checks their bound. Not in a
+            masked sum, which nobody sees without its noise.
+
+    Raises:
+        BudgetExhausted: the charge would pass the budget; nothing was sent.
+        RunError: every node that was asked failed; the charge stands.
+        MaskingError: too few clients for a masked sum; the charge stands, nothing was opened.
+    """
+    event = mechanism.event(guard.charged(rate))
+    charge = guard.ledger.charge(name, event, clip_norm=mechanism.clip_norm)
+    secret = guard.secret(charge)
+    everyone = np.arange(roster.n_clients, dtype=np.int64)
+    places = everyone if rate >= 1.0 else everyone[secret.child("cohort").uniforms(everyone, 1)[:, 0] < rate]
+    if isinstance(guard.settings, DistributedPrivacy):
+        seed = None if guard.root is None else secret
+        got: Gathered = secure_gather(
+            link, roster, places, plan_for, shapes, mechanism, charge, guard.settings.secure_sum, timeout_seconds, seed
+        )
+        return replace(got, sums=named.scale(got.sums, 1.0 / expected_cohort))
+    bound = mechanism.clip_norm if prepare is None else None
+    got = gather(link, roster, places, plan_for, lambda n: Expectation(shapes, n, bound), timeout_seconds)
+    total = got.sums or {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    total = total if prepare is None else prepare(total, got.n_clients)
+    return replace(got, sums=mechanism.noised(total, expected_cohort, charge, guard.noise(secret)), stats={})
