@@ -19,7 +19,7 @@ from fedrec.client.pool import LogPool
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.privacy.mechanism import GaussianMechanism
-from fedrec.privacy.settings import CentralPrivacy
+from fedrec.privacy.settings import UserLevelPrivacy
 from fedrec.random import Key
 from fedrec.server.lifelong import Observer
 from fedrec.server.run import check, cut
@@ -29,6 +29,8 @@ DELTA = 1e-5
 BOUNDS = 3
 """How many bounds an audit sets beside the claim; each is held to its part of the confidence."""
 BINS = 40
+LONGEST = 1.001
+"""A real contribution may be this many clip norms long, for float32."""
 
 
 class AuditSettings(BaseModel):
@@ -85,7 +87,7 @@ def audit(
     torch.set_num_threads(experiment.runtime.threads)
     slices = cut(experiment, dataset)
     key = Key.from_seed(settings.seed).child("audit")
-    claim = experiment.privacy if isinstance(experiment.privacy, CentralPrivacy) else None
+    claim = experiment.privacy if isinstance(experiment.privacy, UserLevelPrivacy) else None
     delta = claim.delta if claim else DELTA
     each = 1.0 - (1.0 - settings.confidence) / BOUNDS
     found = record(experiment, dataset, slices, settings.canaries, key.child("canaries"), observe)
@@ -100,7 +102,10 @@ def audit(
         _row("people", blind.bound.epsilon, claimed, each, asdict(blind.bound)),
     ]
     twice = repeated_noise(found.heard)
-    holds = None if claimed is None else not (twice or any(row["exceeded"] for row in bounds))
+    uploads = _uploads(experiment, dataset, found, settings, key.child("uploads"))
+    longest = max((row["longest"] or 0.0 for row in uploads), default=0.0)
+    broken = bool(twice) or longest > LONGEST or any(row["exceeded"] for row in bounds)
+    holds = None if claimed is None else not broken
     document: dict[str, Any] = {
         "fedrec": __version__,
         "name": experiment.name,
@@ -118,8 +123,10 @@ def audit(
         "holds": holds,
         "bounds": bounds,
         "repeated_noise": twice,
+        "unheard": list(found.unheard),
         "membership": {"person": asdict(blind.person), "interaction": asdict(blind.interaction)},
-        "uploads": _uploads(experiment, dataset, found, settings, key.child("uploads")),
+        "uploads": uploads,
+        "longest": longest,
         "scores": _histogram(scores(found.heard, settings.canaries), found.included),
     }
     return document | {"verdict": verdict(document)}
@@ -152,7 +159,8 @@ def _uploads(
             continue
         event = heard.event
         mechanism = GaussianMechanism(heard.clip_norm, event.noise_multiplier) if event else None
-        rows += [asdict(leak) for leak in touched(pool, plan, mechanism, settings.people, key.child(task))]
+        masked = experiment.privacy.mode == "distributed"
+        rows += [asdict(leak) for leak in touched(pool, plan, mechanism, settings.people, key.child(task), masked)]
     return rows
 
 
@@ -179,13 +187,16 @@ def verdict(document: dict[str, Any]) -> str:
     if document["repeated_noise"]:
         first, second = document["repeated_noise"]
         return f"BROKEN: '{first}' and '{second}' have the same noise, so {told} does not hold."
+    if document["longest"] > LONGEST:
+        return f"BROKEN: a person's contribution has {document['longest']:.4g} times the norm that {told} rests on."
     worst = [row for row in bounds if row["exceeded"]]
     if worst:
         shown = ", ".join(f"{row['attack']} {_epsilon(row)}" for row in worst)
         return f"BROKEN: {told} does not hold; audited with confidence {document['settings']['confidence']:g}: {shown}."
+    left = f" Not attacked: {len(document['unheard'])} of the releases that were paid." if document["unheard"] else ""
     return (
         f"No attack passed {told}. An audit can refute a claim, it cannot prove one: with so many canaries no attack "
-        f"without assumptions could have shown more than {bounds[0]['detail']['ceiling']:.2f}."
+        f"without assumptions could have shown more than {bounds[0]['detail']['ceiling']:.2f}.{left}"
     )
 
 

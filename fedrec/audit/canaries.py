@@ -34,6 +34,7 @@ class Asked:
 
     Attributes:
         task: kind of the task.
+        plan: slice and round.
         clip_norm: C, L2 bound of one person's contribution.
         there: [m] whether the canary was asked.
         spots: where each canary's one number stands in what is released; a canary without a spot is silent.
@@ -42,6 +43,7 @@ class Asked:
     """
 
     task: str
+    plan: tuple[int, int]
     clip_norm: float
     there: Bools
     spots: Spots
@@ -55,6 +57,13 @@ class Asked:
         for who, _ in self.spots.values():
             found[who] = True
         return found
+
+    def joined(self, other: Asked) -> Asked:
+        """Return what is known of both, if they are of one round; else of the other alone."""
+        if (self.task, self.plan) != (other.task, other.plan):
+            return other
+        there, known, sent = self.there | other.there, self.known + other.known, self.sent + other.sent
+        return replace(self, there=there, known=known, sent=sent)
 
     def read(self, released: Params) -> Floats:
         """Return [m] the released numbers at the canaries' spots; 0 for silent canaries."""
@@ -91,7 +100,7 @@ class CanaryPool:
             included: [m] which canaries take part in the run.
             key: decides the canaries' spots.
             training: the windows in which canaries are eligible.
-            told: is told of each round before the server gets the sum.
+            told: is told what the node knows, before anybody gets a sum; once for each client where sums are masked.
         """
         self.included = included
         self.plans: dict[str, RoundPlan] = {}
@@ -138,7 +147,7 @@ class CanaryPool:
         value = bound * TOO_LONG * float(clip.clip_factors(np.array([bound * TOO_LONG]), bound)[0])
         for name, (who, place) in spots.items():
             views[name][place[there[who]]] += np.float32(value)
-        return Asked(plan.task.kind, bound, there, spots, known, _read(spots, views, m))
+        return Asked(plan.task.kind, (plan.slice, plan.round), bound, there, spots, known, _read(spots, views, m))
 
 
 def spread(sizes: Mapping[str, int], n: int, key: Key) -> Spots:

@@ -18,11 +18,10 @@ from fedrec.data.catalog import ItemCatalog
 from fedrec.data.slices import TimeSlice
 from fedrec.errors import PrivacyError
 from fedrec.grid.in_process import InProcessGrid
-from fedrec.params import Array, Params
-from fedrec.privacy.events import GaussianEvent
+from fedrec.params import Params
+from fedrec.privacy.events import AnyEvent
 from fedrec.privacy.ledger import Charge, PrivacyLedger
-from fedrec.privacy.mechanism import GaussianMechanism
-from fedrec.privacy.noise import NoiseSource
+from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
 from fedrec.server.app import GridLink
 from fedrec.server.guard import Guard, guard_of, user_level
 from fedrec.server.lifelong import Desk, Observer, run_stream
@@ -38,15 +37,13 @@ class Release:
     Attributes:
         name: what the ledger says that it is.
         event: what was paid.
-        clip_norm: C.
-        total: the exact sum, which only an auditor's simulation may keep.
+        rate: probability with which each eligible person was asked.
         noised: the sum with its noise.
     """
 
     name: str
-    event: GaussianEvent
-    clip_norm: float
-    total: Params
+    event: AnyEvent
+    rate: float
     noised: Params
 
 
@@ -54,31 +51,15 @@ Ear = Callable[[Release], None]
 
 
 @dataclass(frozen=True)
-class OverheardMechanism(GaussianMechanism):
-    """The mechanism as it is; what it releases is told to `ear`."""
-
-    ear: Ear = lambda release: None
-
-    def noised(self, total: Params, expected_cohort: float, charge: Charge, noise: NoiseSource) -> dict[str, Array]:
-        """Return what the mechanism releases."""
-        found = super().noised(total, expected_cohort, charge, noise)
-        event = charge.entry.event
-        assert isinstance(event, GaussianEvent)
-        back = {name: value.astype(np.float64) * expected_cohort for name, value in found.items()}
-        self.ear(Release(charge.entry.name, event, self.clip_norm, dict(total), back))
-        return found
-
-
-@dataclass(frozen=True)
 class OverheardGuard(Guard):
-    """The guard as it is; every release of its mechanisms is told to `ear`."""
+    """The guard as it is; every release of a sum is told to `ear`."""
 
     ear: Ear = lambda release: None
 
-    def mechanism(self, multiplier: float, clip_norm: float) -> GaussianMechanism:
-        """Return the mechanism of a purpose."""
-        made = super().mechanism(multiplier, clip_norm)
-        return OverheardMechanism(made.clip_norm, made.noise_multiplier, self.ear)
+    def told(self, charge: Charge, rate: float, expected_cohort: float, released: Params) -> None:
+        """Tell the ear."""
+        sums = {name: value.astype(np.float64) * expected_cohort for name, value in released.items()}
+        self.ear(Release(charge.entry.name, charge.entry.event, rate, sums))
 
 
 @dataclass(frozen=True)
@@ -96,8 +77,10 @@ class Life:
 
 def auditable(experiment: Experiment) -> None:
     """Raise `PrivacyError` if the experiment has a mode that an audit cannot attack."""
-    if experiment.privacy.mode not in ("none", "central"):
-        raise PrivacyError(f'fedrec audit knows the modes "none" and "central", not "{experiment.privacy.mode}".')
+    if not isinstance(experiment.privacy, NoPrivacy | UserLevelPrivacy):
+        raise PrivacyError(
+            f'fedrec audit attacks privacy of the user; privacy.mode "{experiment.privacy.mode}" is not.'
+        )
 
 
 def live(

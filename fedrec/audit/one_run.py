@@ -42,6 +42,7 @@ class Heard:
         speaks: [m] whether it had a spot at all.
         clip_norm: C.
         event: what was paid; None where nothing was.
+        rate: probability with which each eligible person was asked.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Heard:
     speaks: Bools
     clip_norm: float
     event: GaussianEvent | None
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -71,33 +73,41 @@ class Recording:
     heard: tuple[Heard, ...]
     plans: dict[str, RoundPlan]
 
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """What was paid for and not attacked: metrics, rounds without anybody, correlated noise."""
+        heard = {one.name for one in self.heard}
+        paid = () if self.life.ledger is None else self.life.ledger.entries()
+        return tuple(entry.name for entry in paid if entry.name not in heard)
+
 
 class _Listener:
-    """Brings together what the pool knows of a round and what is released of it."""
+    """Brings together what the node knows of a round and what is released of it."""
 
     def __init__(self, private: bool) -> None:
         self.heard: list[Heard] = []
-        self._private, self._asked = private, list[Asked]()
+        self._private = private
+        self._asked: Asked | None = None
 
     def told(self, asked: Asked) -> None:
         if self._private:
-            self._asked = [asked]
-            return
-        self._hear(f"exact sum of a round ({asked.task})", asked, asked.sent, asked.sent, asked.clip_norm, None)
+            self._asked = asked if self._asked is None else self._asked.joined(asked)
+        else:
+            self._hear(f"exact sum of a round ({asked.task})", asked, asked.sent, None, 1.0)
 
     def release(self, release: Release) -> None:
-        if not self._asked:
-            return  # metrics, which canaries are not asked for, or a round without anybody
-        asked = self._asked.pop()
-        out, total = asked.read(release.noised), asked.read(release.total)
-        self._hear(release.name, asked, out, total, release.clip_norm, release.event)
+        asked, self._asked = self._asked, None
+        if asked is None or not isinstance(release.event, GaussianEvent):
+            return  # metrics, which canaries are not asked for, a round without anybody, or correlated noise
+        self._hear(release.name, asked, asked.read(release.noised), release.event, release.rate)
 
-    def _hear(
-        self, name: str, asked: Asked, out: Floats, total: Floats, clip_norm: float, event: GaussianEvent | None
-    ) -> None:
-        seen, noise, influence = (part / clip_norm for part in (out - asked.known, out - total, total - asked.known))
-        speaks = asked.speaks
-        self.heard.append(Heard(name, asked.task, seen, noise, influence, asked.there, speaks, clip_norm, event))
+    def _hear(self, name: str, asked: Asked, out: Floats, event: GaussianEvent | None, rate: float) -> None:
+        seen, noise, influence = (
+            part / asked.clip_norm for part in (out - asked.known, out - asked.sent, asked.sent - asked.known)
+        )
+        self.heard.append(
+            Heard(name, asked.task, seen, noise, influence, asked.there, asked.speaks, asked.clip_norm, event, rate)
+        )
 
 
 def record(
@@ -138,7 +148,7 @@ def scores(heard: Sequence[Heard], n_canaries: int) -> Floats:
     """
     total = np.zeros(n_canaries)
     for one in heard:
-        z, q = (one.event.noise_multiplier, one.event.sampling) if one.event else (LEAST, 1.0)
+        z, q = one.event.noise_multiplier if one.event else LEAST, one.rate
         ratio = (2.0 * one.seen - 1.0) / (2.0 * z**2)
         mixed = ratio if q >= 1.0 else np.logaddexp(math.log1p(-q), math.log(q) + ratio)
         total += np.where(one.speaks, mixed, 0.0)

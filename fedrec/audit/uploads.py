@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedrec import params as named
 from fedrec.client.pool import LogPool
 from fedrec.data.slices import resolve
 from fedrec.params import Array
@@ -19,9 +20,11 @@ from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CooccurrenceTask, CountTask
 from fedrec.random import Key
-from fedrec.server.spectral import unpacked
+from fedrec.server.spectral import projected, unpacked
 
 Floats = NDArray[np.float64]
+MANY = 1 << 30
+"""More people than whose norm any upload has: what is measured is not refused."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Leak:
         auc_low: lower end of its 95 % interval over people.
         auc_high: upper end.
         people: how many uploads were looked at.
+        longest: the largest norm among them, in clip norms; None where nothing is clipped.
     """
 
     task: str
@@ -52,9 +56,12 @@ class Leak:
     auc_low: float
     auc_high: float
     people: int
+    longest: float | None
 
 
-def touched(pool: LogPool, plan: RoundPlan, mechanism: GaussianMechanism | None, n_people: int, key: Key) -> list[Leak]:
+def touched(
+    pool: LogPool, plan: RoundPlan, mechanism: GaussianMechanism | None, n_people: int, key: Key, masked: bool = False
+) -> list[Leak]:
     """Return what single uploads to a plan give away: as they are, and under the noise of the release if there is one.
 
     The attacker names every item whose row is not zero; where most rows are not, as many of the strongest as the
@@ -66,10 +73,12 @@ def touched(pool: LogPool, plan: RoundPlan, mechanism: GaussianMechanism | None,
         mechanism: clip norm and noise of the release.
         n_people: how many people are attacked.
         key: decides who, and the noise.
+        masked: uploads are masked: nobody receives one that tells anything, so only the noised sum is attacked.
     """
     low, high = resolve(pool.log, plan.task.window)
     users = np.flatnonzero(high > low)
     slots = np.sort(key.child("who").numpy().permutation(len(users))[:n_people])
+    longest = 0.0
     found: dict[tuple[str, str], list[tuple[float, float, float, float]]] = {}
     for slot in slots:
         tally = _received(pool.run(replace(plan, slots=np.array([slot], np.int64))), plan, pool.name)
@@ -77,14 +86,16 @@ def touched(pool: LogPool, plan: RoundPlan, mechanism: GaussianMechanism | None,
         truth[pool.log.history(users[slot])[: high[users[slot]]]] = True
         if truth.all() or not tally.sums:
             continue
+        longest = max(longest, named.norm(_released(tally.sums, plan)))
         alone = strengths(tally.sums, plan)
-        views = {"upload": alone}
+        views = {} if masked else {"upload": alone}
         if mechanism is not None:
             views["noised"] = strengths(_noised(tally.sums, mechanism, key.child("noise", int(slot))), plan)
         for view, parts in views.items():
             for part in alone:
                 found.setdefault((part, view), []).append(_judged(parts[part], truth))
-    return [_leak(plan.task.kind, part, view, np.array(rows)) for (part, view), rows in found.items()]
+    most = None if mechanism is None else longest / mechanism.clip_norm
+    return [_leak(plan.task.kind, part, view, np.array(rows), most) for (part, view), rows in found.items()]
 
 
 def strengths(sums: Mapping[str, Array], plan: RoundPlan) -> dict[str, Floats]:
@@ -120,6 +131,11 @@ def _received(tally: Tally, plan: RoundPlan, node: str) -> Tally:
     return Tally.from_bytes(tally.to_bytes(plan.coding, node), plan.coding, shapes)
 
 
+def _released(sums: Mapping[str, Array], plan: RoundPlan) -> Mapping[str, Array]:
+    """Return what noise is added to: of pairs the items' part and what they are in feature space."""
+    return projected(plan.inputs.get("features"), sums, MANY) if "pairs" in sums else sums
+
+
 def _noised(sums: Mapping[str, Array], mechanism: GaussianMechanism, key: Key) -> dict[str, Array]:
     """Return one upload with the noise of the whole release."""
     charge = PrivacyLedger(None, epsilon=None, delta=0.5).charge("one upload", mechanism.event(), mechanism.clip_norm)
@@ -140,8 +156,8 @@ def _judged(found: Floats, truth: NDArray[np.bool_]) -> tuple[float, float, floa
     return hits / max(1, int(named.sum())), hits / wanted, wanted / n, auc
 
 
-def _leak(task: str, part: str, view: str, rows: Floats) -> Leak:
+def _leak(task: str, part: str, view: str, rows: Floats, longest: float | None) -> Leak:
     precision, recall, chance, auc = (float(column.mean()) for column in rows.T)
     width = 1.96 * float(rows[:, 3].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else 0.5
     low, high = max(0.0, auc - width), min(1.0, auc + width)
-    return Leak(task, part, view, precision, recall, chance, auc, low, high, len(rows))
+    return Leak(task, part, view, precision, recall, chance, auc, low, high, len(rows), longest)

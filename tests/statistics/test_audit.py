@@ -17,6 +17,7 @@ from fedrec.privacy import clip
 from fedrec.privacy.events import GaussianEvent
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.mechanism import GaussianMechanism
+from fedrec.privacy.terms import Terms
 from fedrec.protocol.tally import Expectation
 from fedrec.random import Key
 from fedrec.server.guard import Guard
@@ -42,6 +43,13 @@ SPECTRAL: dict[str, Any] = {
 def statistics(**privacy: Any) -> Experiment:
     document = merged(small_document(), SPECTRAL)
     return Experiment.parse(merged(document, {"privacy": {**PRIVACY, **privacy}}))
+
+
+def masked(**privacy: Any) -> Experiment:
+    document = merged(small_document(split__later=0), SPECTRAL)
+    sketch = {"training": {"statistics": {"sketch": "features", "item_share": 0.0, "features": {"rank": 30}}}}
+    hidden = {"privacy": {**PRIVACY, "mode": "distributed", "secure_sum": {"minimum": 5}, **privacy}}
+    return Experiment.parse(merged(merged(document, sketch), hidden))
 
 
 def rounds(**privacy: Any) -> Experiment:
@@ -75,6 +83,26 @@ def test_a_sound_run_keeps_its_claim(make: Callable[[], Experiment]) -> None:
     # The noise is measured at hundreds of spots, so the bound is near; it must not pass.
     assert 0.85 < measured <= claimed(found)
     assert repeated_noise(found.heard) is None
+
+
+def test_a_masked_sum_keeps_its_claim_and_hides_nothing_from_the_audit() -> None:
+    experiment = masked()
+    found = record(experiment, DATASET, cut(experiment, DATASET), 120, Key.from_seed(1))
+    assert [one.task for one in found.heard] == ["count", "cooccurrence"]
+    for one in found.heard:
+        assert np.allclose(one.influence, np.where(one.there & one.speaks, 1.0, 0.0), atol=1e-4)
+    guessed, measured = bounds(found)
+    assert guessed <= claimed(found)
+    # Noise is sized for a third of the clients falling silent; with nobody missing there is more than was claimed.
+    assert 0.5 < measured <= claimed(found)
+
+
+def test_clients_that_add_too_little_noise_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = Terms.deviation
+    monkeypatch.setattr(Terms, "deviation", lambda self, n_sharing: sound(self, n_sharing) / 3)
+    experiment = masked()
+    found = record(experiment, DATASET, cut(experiment, DATASET), 120, Key.from_seed(1))
+    assert bounds(found)[1] > claimed(found)
 
 
 def test_a_loose_budget_is_told_from_a_strict_one_by_guesses_alone() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -14,12 +15,14 @@ from typer.testing import CliRunner
 from fedrec.audit.audit import AuditSettings, audit
 from fedrec.audit.life import auditable
 from fedrec.cli import app
+from fedrec.client import pool
 from fedrec.config import Experiment
 from fedrec.data.sources import load_dataset
 from fedrec.errors import PrivacyError
 from fedrec.evaluation.audit_page import print_audit, render_audit, write_audit
 from fedrec.params import scale
 from fedrec.privacy.mechanism import GaussianMechanism
+from fedrec.protocol.tally import Expectation
 from tests.support import dataset_of, merged, small_document, small_rows, to_toml
 
 DATASET = dataset_of(small_rows(n_users=60, n=1500))
@@ -91,6 +94,16 @@ def test_an_audit_without_noise_is_broken(without_noise: None) -> None:
     assert [row["exceeded"] for row in found["bounds"]][:2] == [True, True]
 
 
+def test_people_who_are_not_clipped_break_the_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Canaries are clipped by the same function; here the pool forgets to use it on real people's counts."""
+    monkeypatch.setattr(pool, "clip_factors", lambda norms, bound: np.ones(len(norms), np.float32))
+    monkeypatch.setattr(Expectation, "check", lambda self, tally: None)
+    found = audit(experiment(True, privacy__count_clip=0.5), DATASET, LIGHT)
+    assert found["holds"] is False
+    assert found["longest"] > 1.001
+    assert "times the norm" in found["verdict"]
+
+
 def test_the_page_stands_alone_and_says_what_the_document_says(
     sound: dict[str, Any], bare: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -120,7 +133,7 @@ def test_the_table_prints_claims_beside_findings(
 
 
 def test_modes_that_cannot_be_attacked_are_refused() -> None:
-    with pytest.raises(PrivacyError, match='not "local"'):
+    with pytest.raises(PrivacyError, match='"local" is not'):
         auditable(cast(Experiment, SimpleNamespace(privacy=SimpleNamespace(mode="local"))))
 
 

@@ -40,6 +40,13 @@ def test_counts_name_every_item_and_noise_hides_them() -> None:
     assert noised.precision < 3 * noised.chance
 
 
+def test_of_masked_uploads_only_the_noised_sum_is_attacked() -> None:
+    task = CountTask(window=WINDOW, clip_norm=1.0)
+    plan = RoundPlan(0, 0, task, PopularityConfig(), 200, {}, KEY, DATA.catalog.digest(), np.arange(0))
+    found = touched(LogPool(DATA.log, DATA.catalog), plan, GaussianMechanism(1.0, 8.0), 5, KEY, masked=True)
+    assert [leak.view for leak in found] == ["noised"]
+
+
 def test_the_rows_of_a_model_update_name_targets_among_the_drawn_negatives() -> None:
     config = TransformerConfig(dim=8, blocks=1, heads=2, expand=1, length=12)
     config = config.model_copy(update={"softmax": config.softmax.model_copy(update={"negatives": 12})})
