@@ -97,8 +97,10 @@ class _Listener:
 
     def release(self, release: Release) -> None:
         asked, self._asked = self._asked, None
-        if asked is None or not isinstance(release.event, GaussianEvent):
-            return  # metrics, which canaries are not asked for, a round without anybody, or correlated noise
+        if asked is None or not asked.spots.keys() <= release.noised.keys():
+            return  # metrics, which canaries are not asked for, or a round without anybody
+        if not isinstance(release.event, GaussianEvent):
+            return  # correlated noise: the audit says that it was not attacked
         self._hear(release.name, asked, asked.read(release.noised), release.event, release.rate)
 
     def _hear(self, name: str, asked: Asked, out: Floats, event: GaussianEvent | None, rate: float) -> None:
