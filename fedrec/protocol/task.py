@@ -46,7 +46,7 @@ class CooccurrenceSettings(_Settings):
 
     sketch: Literal["pairs", "features"] = "pairs"
     """"pairs": M itself, twice, once weighted for the features, sparse, to a trusted server that projects; "features":
-    the dense triangle in feature space, which tells nothing of single items and can be masked."""
+    the dense triangle in feature space, which can be masked; one that is not betrays which items are likely."""
     item_share: float = Field(default=0.75, ge=0, le=1)
     """Share of the squared norm that goes to M; must be 0 in a sketch of features."""
     feature_share: float = Field(default=0.22, ge=0, le=1)

@@ -9,6 +9,7 @@ from typing import Any
 from fedrec.config import Experiment, PoissonCohort
 from fedrec.errors import PrivacyError
 from fedrec.models.configs import BlendConfig
+from fedrec.params import Params
 from fedrec.privacy.accounting import calibrate
 from fedrec.privacy.events import Event, GaussianEvent
 from fedrec.privacy.ledger import Charge, PrivacyLedger
@@ -63,6 +64,9 @@ class Guard:
     def noise(self, secret: Key) -> NoiseSource:
         """Return the noise of a charge."""
         return SecureNoise() if self.root is None else SeededNoise(secret.child("noise"))
+
+    def told(self, charge: Charge, rate: float, expected_cohort: float, released: Params) -> None:
+        """Do nothing: an auditor's guard listens here to every release of a sum, see `fedrec.audit`."""
 
 
 def planned(experiment: Experiment, population: tuple[int, int], scale: float) -> list[tuple[str, Event]]:
