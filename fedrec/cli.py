@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from fedrec.data.commands import app as data_app
 from fedrec.errors import FedrecError
 from fedrec.server.commands import app as releases_app
 from fedrec.server.privacy_commands import app as privacy_app
+
+if TYPE_CHECKING:
+    from fedrec.config import Experiment
 
 app = typer.Typer(
     name="fedrec",
@@ -60,7 +63,7 @@ def simulate(
     """Run an experiment: a lifelong federated run with progress, report (HTML and JSON) and a registry of releases."""
     from rich.console import Console
 
-    from fedrec.config import Experiment, PoissonCohort
+    from fedrec.config import Experiment
 
     settings = Experiment.find(experiment)
     if seed is not None:
@@ -71,9 +74,7 @@ def simulate(
     from fedrec.progress import RunProgress
 
     notes = Console(stderr=True)
-    cohort = settings.training.cohort
-    expected = cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
-    with RunProgress(notes, settings.n_slices, expected) as bars:
+    with RunProgress(notes, settings.n_slices, _expected(settings)) as bars:
         document, folder = run(
             settings,
             runs=out,
@@ -111,7 +112,7 @@ def audit(
     """Attack an experiment in simulation; print the claim beside what was found, exit with 1 if it is broken."""
     from rich.console import Console
 
-    from fedrec.config import Experiment, PoissonCohort
+    from fedrec.config import Experiment
 
     settings = Experiment.find(experiment)
     _need("torch", "flwr")
@@ -127,9 +128,7 @@ def audit(
     how = AuditSettings(canaries=canaries, confidence=confidence, shadows=shadows, seed=seed)
     notes = Console(stderr=True)
     dataset = load_dataset(settings.data.source, say=lambda note: notes.print(note, highlight=False, markup=False))
-    cohort = settings.training.cohort
-    expected = cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
-    with RunProgress(notes, settings.n_slices * how.lives, expected) as bars:
+    with RunProgress(notes, settings.n_slices * how.lives, _expected(settings)) as bars:
         command = shlex.join(["fedrec", *sys.argv[1:]])
         document = attack(settings, dataset, how, command=command, observe=bars.observe)
     page = None if out is None else write_audit(document, out)
@@ -182,6 +181,14 @@ def recommend(
     console = Console()
     console.print("After " + ("; ".join(found.history_titles) or "nothing yet"), highlight=False, markup=False)
     console.print(table)
+
+
+def _expected(experiment: Experiment) -> float:
+    """Return how many clients a round asks for, as far as the experiment says."""
+    from fedrec.config import PoissonCohort
+
+    cohort = experiment.training.cohort
+    return cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
 
 
 def _need(*packages: str) -> None:
