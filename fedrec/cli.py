@@ -185,10 +185,12 @@ def recommend(
 
 def _expected(experiment: Experiment) -> float:
     """Return how many clients a round asks for, as far as the experiment says."""
-    from fedrec.config import PoissonCohort
+    from fedrec.config import FixedCohort, PoissonCohort
 
     cohort = experiment.training.cohort
-    return cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
+    if isinstance(cohort, PoissonCohort):
+        return cohort.expected
+    return cohort.size if isinstance(cohort, FixedCohort) else float("inf")  # of turns: everybody is asked
 
 
 def _need(*packages: str) -> None:

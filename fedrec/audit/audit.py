@@ -18,6 +18,7 @@ from fedrec.audit.uploads import touched
 from fedrec.client.pool import LogPool
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
+from fedrec.privacy.events import MatrixEvent
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import UserLevelPrivacy
 from fedrec.random import Key
@@ -158,7 +159,10 @@ def _uploads(
         if heard is None:
             continue
         event = heard.event
-        mechanism = GaussianMechanism(heard.clip_norm, event.noise_multiplier) if event else None
+        noise = 0.0 if event is None else event.noise_multiplier
+        if isinstance(event, MatrixEvent):  # a round alone
+            noise *= event.sensitivity
+        mechanism = GaussianMechanism(heard.clip_norm, noise) if noise else None
         masked = experiment.privacy.mode == "distributed"
         rows += [asdict(leak) for leak in touched(pool, plan, mechanism, settings.people, key.child(task), masked)]
     return rows

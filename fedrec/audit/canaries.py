@@ -18,6 +18,8 @@ from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitT
 from fedrec.random import Key
 from fedrec.server.spectral import asked_shapes
 
+FIRST_ID = 1 << 40
+"""Number of the first canary in random streams, far from those of real people."""
 TOO_LONG = 1e3
 """By how much a canary's vector passes the clip norm before it is clipped: a person may send anything."""
 
@@ -36,7 +38,8 @@ class Asked:
         task: kind of the task.
         plan: slice and round.
         clip_norm: C, L2 bound of one person's contribution.
-        there: [m] whether the canary was asked.
+        there: [m] whether the canary was asked and took part.
+        turn: [m] whether it takes part if it is in the run and asked; known to everybody.
         spots: where each canary's one number stands in what is released; a canary without a spot is silent.
         known: [m] what all real people contributed at that spot: the auditor knows everybody else.
         sent: [m] what the node's whole sum holds there.
@@ -46,6 +49,7 @@ class Asked:
     plan: tuple[int, int]
     clip_norm: float
     there: Bools
+    turn: Bools
     spots: Spots
     known: Floats
     sent: Floats
@@ -128,14 +132,21 @@ class CanaryPool:
             return people
         there = np.zeros(len(self.included), np.bool_)
         there[self._present[plan.slots[plan.slots >= n] - n]] = True
+        turn = np.ones(len(there), np.bool_)
+        if isinstance(plan.task, FitTask) and plan.task.turn is not None:
+            turn = plan.task.turn.taken(FIRST_ID + np.arange(len(there), dtype=np.int64))
+            there &= turn
         sums = {name: np.zeros(shape, np.float32) for name, shape in _shapes(plan).items()}
         for name, value in people.sums.items():
             sums[name] += value
-        asked = self._add(plan, sums, there)
+        asked = self._add(plan, sums, there, turn)
         self._told(asked)
-        return Tally(sums, people.n_clients + int((there & asked.speaks).sum()), people.stats)
+        spoke = there & asked.speaks
+        # Half of them say that they were clipped, so that a clip norm that is learnt stays where people hold it.
+        clipped = people.stats.get("clipped", 0.0) + float(spoke[::2].sum())
+        return Tally(sums, people.n_clients + int(spoke.sum()), {**people.stats, "clipped": clipped})
 
-    def _add(self, plan: RoundPlan, sums: dict[str, Array], there: Bools) -> Asked:
+    def _add(self, plan: RoundPlan, sums: dict[str, Array], there: Bools, turn: Bools) -> Asked:
         """Add what the canaries that are there send, in place, and return what the auditor knows."""
         views, bound, m = _views(plan, sums), _bound(plan), len(there)
         known_as = (plan.task.kind, *(f"{name} {len(view)}" for name, view in views.items()))
@@ -147,7 +158,7 @@ class CanaryPool:
         value = bound * TOO_LONG * float(clip.clip_factors(np.array([bound * TOO_LONG]), bound)[0])
         for name, (who, place) in spots.items():
             views[name][place[there[who]]] += np.float32(value)
-        return Asked(plan.task.kind, (plan.slice, plan.round), bound, there, spots, known, _read(spots, views, m))
+        return Asked(plan.task.kind, (plan.slice, plan.round), bound, there, turn, spots, known, _read(spots, views, m))
 
 
 def spread(sizes: Mapping[str, int], n: int, key: Key) -> Spots:

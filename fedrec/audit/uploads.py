@@ -18,7 +18,7 @@ from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.noise import SeededNoise
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
-from fedrec.protocol.task import CooccurrenceTask, CountTask
+from fedrec.protocol.task import CooccurrenceTask, CountTask, FitTask
 from fedrec.random import Key
 from fedrec.server.spectral import projected, unpacked
 
@@ -75,6 +75,8 @@ def touched(
         key: decides who, and the noise.
         masked: uploads are masked: nobody receives one that tells anything, so only the noised sum is attacked.
     """
+    if isinstance(plan.task, FitTask):  # whoever's turn it is
+        plan = replace(plan, task=plan.task.model_copy(update={"turn": None}))
     low, high = resolve(pool.log, plan.task.window)
     users = np.flatnonzero(high > low)
     slots = np.sort(key.child("who").numpy().permutation(len(users))[:n_people])

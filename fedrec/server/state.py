@@ -34,6 +34,7 @@ class ServerState:
         statistic: the co-occurrence statistic of the slices so far, with its noise; empty if the experiment wants none.
         prior: parameters of a blend's spectral part, made from `statistic`.
         adoption: how far a blend's fitted part was adopted in this slice, and what was tried.
+        clip_norm: of the next round, where it is learnt; None where it is fixed.
         overhead: what counting and evaluating cost in this slice: "seconds", "bytes_down", "bytes_up".
         parent: version of the last release.
         rounds: a record of every round.
@@ -53,6 +54,7 @@ class ServerState:
     statistic: Params = field(default_factory=dict)
     prior: Params = field(default_factory=dict)
     adoption: Mapping[str, Any] = field(default_factory=dict)
+    clip_norm: float | None = None
     overhead: Mapping[str, float] = field(default_factory=dict)
     parent: int | None = None
     rounds: tuple[dict[str, Any], ...] = ()

@@ -16,9 +16,11 @@ from fedrec.params import norm, scale
 from fedrec.privacy import clip
 from fedrec.privacy.events import GaussianEvent
 from fedrec.privacy.ledger import PrivacyLedger
+from fedrec.privacy.matrix import CorrelatedNoise
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.terms import Terms
 from fedrec.protocol.tally import Expectation
+from fedrec.protocol.task import Turn
 from fedrec.random import Key
 from fedrec.server.guard import Guard
 from fedrec.server.run import cut
@@ -57,6 +59,17 @@ def rounds(**privacy: Any) -> Experiment:
     return Experiment.parse(merged(document, {"privacy": {**PRIVACY, **privacy}}))
 
 
+def turns(**privacy: Any) -> Experiment:
+    document = small_document(split__later=0, training__base__rounds=9)
+    document["training"]["cohort"] = {"kind": "turns", "groups": 3}
+    banded = {**PRIVACY, "fit_noise": {"kind": "banded", "band": 3}}
+    return Experiment.parse(merged(document, {"privacy": {**banded, **privacy}}))
+
+
+def learnt(**privacy: Any) -> Experiment:
+    return rounds(adaptive={}, **privacy)
+
+
 def heard(experiment: Experiment, seed: int = 1) -> Recording:
     return record(experiment, DATASET, cut(experiment, DATASET), CANARIES, Key.from_seed(seed))
 
@@ -74,7 +87,7 @@ def claimed(found: Recording) -> float:
     return found.life.ledger.spent()
 
 
-@pytest.mark.parametrize("make", [statistics, rounds])
+@pytest.mark.parametrize("make", [statistics, rounds, turns])
 def test_a_sound_run_keeps_its_claim(make: Callable[[], Experiment]) -> None:
     found = heard(make())
     guessed, measured = bounds(found)
@@ -83,6 +96,42 @@ def test_a_sound_run_keeps_its_claim(make: Callable[[], Experiment]) -> None:
     # The noise is measured at hundreds of spots, so the bound is near; it must not pass.
     assert 0.85 < measured <= claimed(found)
     assert repeated_noise(found.heard) is None
+
+
+def test_a_run_that_learns_its_clip_norm_keeps_its_claim() -> None:
+    found = heard(learnt())
+    guessed, measured = bounds(found)
+    assert len({one.clip_norm for one in found.heard if one.task == "fit"}) > 4
+    assert guessed <= claimed(found)
+    # The count beside the sum costs a part of the budget, and canaries do not see it.
+    assert 0.5 < measured <= claimed(found)
+
+
+def test_turns_are_taken_by_canaries_too() -> None:
+    found = heard(turns())
+    assert not found.unheard
+    there = np.array([one.there for one in found.heard if one.task == "fit"])
+    assert there.shape == (9, CANARIES)
+    assert (there.sum(axis=0)[found.included] == 3).all()
+    assert not (there[1:] & there[:-1]).any()
+    assert not (there[2:] & there[:-2]).any()
+
+
+def test_people_who_come_out_of_turn_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Turn, "taken", lambda self, ids: np.ones(len(ids), np.bool_))
+    found = heard(turns())
+    assert bounds(found)[1] > claimed(found)
+
+
+def test_correlated_noise_of_which_rows_are_left_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = CorrelatedNoise.row
+
+    def row(self: CorrelatedNoise, t: int) -> Any:
+        return {name: value * (t % 3 > 0) for name, value in sound(self, t).items()}
+
+    monkeypatch.setattr(CorrelatedNoise, "row", row)
+    found = heard(turns())
+    assert bounds(found)[1] == math.inf
 
 
 def test_a_masked_sum_keeps_its_claim_and_hides_nothing_from_the_audit() -> None:
