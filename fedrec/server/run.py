@@ -17,7 +17,7 @@ from fedrec.config import Experiment, LeaveOneOutSplit
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import make_encoder
 from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices, with_validation
-from fedrec.errors import ConfigError, RunError
+from fedrec.errors import ConfigError, PrivacyError, RunError
 from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build
 from fedrec.models.configs import BlendConfig, SpectralConfig
@@ -203,7 +203,11 @@ def _guard(
     if warning:
         observe(Event("note", {"text": warning}))
     ledger = PrivacyLedger(folder.path / LEDGER, epsilon=settings.epsilon, delta=settings.delta)
-    return guard_of(experiment, ledger, n_people)
+    try:
+        return guard_of(experiment, ledger, n_people)
+    except PrivacyError:
+        ledger.close()
+        raise
 
 
 def describe(
