@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.data.slices import Window
+from fedrec.privacy.settings import LocalNoise
 
 
 class _Settings(BaseModel):
@@ -30,6 +31,8 @@ class FitTask(_Settings):
     kind: Literal["fit"] = "fit"
     window: Window
     local: LocalTraining = LocalTraining()
+    private: LocalNoise | None = None
+    """Noise that the client itself adds before anything leaves it; None: it sends its exact update."""
 
 
 class CountTask(_Settings):
@@ -39,6 +42,8 @@ class CountTask(_Settings):
     window: Window
     clip_norm: float | None = Field(default=None, gt=0)
     """L2 bound of one client's counts; None: not bounded."""
+    private: LocalNoise | None = None
+    """Noise that the client itself adds before anything leaves it, at user level."""
 
 
 class CooccurrenceSettings(_Settings):
