@@ -142,7 +142,7 @@ def _alone(trained: Trained, place: int) -> Trained:
 
 
 def _bounded(update: Params, clip_norm: float, deviation: float) -> dict[str, Array]:
-    """Scale a noised upload down to what the server checks; noise alone does not reach it once in 1e10 times."""
+    """Scale a noised upload down to what the server checks; noise alone reaches it with a probability of 3e-11."""
     norm = named.norm(update)
     factor = clip_factors(np.array([norm]), upload_bound(clip_norm, deviation, named.n_values(update)))
     if factor[0] == 1:

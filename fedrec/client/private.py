@@ -93,7 +93,7 @@ def fit_windows(
 ) -> dict[str, Array]:
     r"""Train one client's copy of the model by DP-SGD, and return new minus old parameters.
 
-    .. math:: \theta \leftarrow \theta - \eta \Big( \sum_{w \in S} g_w \min(1, C / |g_w|) + z C \, \mathcal{N}(0, I) \Big)
+    .. math:: \theta \leftarrow \theta - \eta \Big( \sum_{w \in S} g_w \min(1, C / |g_w|) + z C \mathcal{N}(0, I) \Big)
 
     in each local step, S a Poisson sample of the windows.
 

@@ -8,7 +8,7 @@ from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import LocalNoise, LocalUnit, WindowUnit
 
 TAIL = 7.0
-"""The norm of d normal numbers is above ``sqrt(d) + 7`` with a probability of 1e-10 at most (Gaussian concentration)."""
+"""The norm of d normal numbers is above ``sqrt(d) + 7`` with a probability of 3e-11 at most (concentration)."""
 
 
 def unit_name(unit: LocalUnit) -> str:

@@ -92,8 +92,8 @@ def client_life(experiment: Experiment, scale: float) -> list[tuple[str, Event]]
     return [*life, (f"{own.participations} rounds of training{each}", event)]
 
 
-def local_plan(experiment: Experiment) -> dict[str, Any]:
-    """Return a client's planned life as one document; see `fedrec privacy plan`."""
+def local_plan(experiment: Experiment, population: int | None) -> dict[str, Any]:
+    """Return a client's planned life as one document, see `fedrec privacy plan`; delta is held to `population`."""
     mode = local_mode(experiment)
     if mode is None:
         raise PrivacyError(f'privacy.mode is "{experiment.privacy.mode}", so clients keep no ledgers of their own.')
@@ -109,7 +109,7 @@ def local_plan(experiment: Experiment) -> dict[str, Any]:
         "scale": mode.scale,
         "epsilon": epsilon(events, own.delta),
         "epsilon_rdp": epsilon(events, own.delta, "rdp"),
-        "warning": check_delta(own.delta, 1),
+        "warning": check_delta(own.delta, population or 1),
         "events": [{"purpose": name, **event.model_dump(mode="json")} for name, event in life],
     }
 

@@ -124,7 +124,7 @@ def plan_document(experiment: Experiment, population: int | None) -> dict[str, A
     from fedrec.server.local import local_plan
 
     if experiment.privacy.mode == "local":
-        return local_plan(experiment)
+        return local_plan(experiment, population)
     settings = user_level(experiment)
     people = populations(settings, population or settings.population or _counted(experiment))
     scale = calibrated(experiment, people)

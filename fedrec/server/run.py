@@ -169,6 +169,10 @@ def run_experiment(
             guard = _guard(experiment, folder, link, slices[0], recipe, observe)
             recipe = replace(recipe, guard=guard)
             stack.enter_context(guard.ledger)
+        if recipe.local is not None:
+            warning = check_delta(recipe.local.settings.delta, dataset.log.n_users)
+            if warning:
+                observe(Event("note", {"text": warning}))
         path = folder.path / CHECKPOINT
         state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest)
         if path.exists():
