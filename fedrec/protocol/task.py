@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.data.slices import Window
+from fedrec.privacy.settings import LocalNoise
 from fedrec.random import Key
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class FitTask(_Settings):
     local: LocalTraining = LocalTraining()
     turn: Turn | None = None
     """Only those of the planned clients take part whose turn it is; None: all of them."""
+    private: LocalNoise | None = None
+    """Noise that the client itself adds before anything leaves it; None: it sends its exact update."""
 
 
 class CountTask(_Settings):
@@ -68,6 +71,8 @@ class CountTask(_Settings):
     window: Window
     clip_norm: float | None = Field(default=None, gt=0)
     """L2 bound of one client's counts; None: not bounded."""
+    private: LocalNoise | None = None
+    """Noise that the client itself adds before anything leaves it, at user level."""
 
 
 class CooccurrenceSettings(_Settings):

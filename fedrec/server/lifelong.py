@@ -19,6 +19,7 @@ from fedrec.models.blend import started
 from fedrec.models.build import trained
 from fedrec.models.configs import BlendConfig, PopularityConfig, SpectralConfig
 from fedrec.params import Params
+from fedrec.privacy.settings import LocalPrivacy
 from fedrec.protocol.codec import Plain
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
@@ -37,6 +38,7 @@ from fedrec.server.judge import (
     local_only_contender,
     popularity_contender,
 )
+from fedrec.server.local import local_statement
 from fedrec.server.private import private_gather
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
@@ -57,6 +59,8 @@ def privacy(experiment: Experiment, guard: Guard | None = None) -> dict[str, Any
     """Return the privacy statement of an experiment: what is protected, what was spent, what the codec gives away."""
     if guard is not None:
         return statement(guard)
+    if isinstance(experiment.privacy, LocalPrivacy):
+        return local_statement(experiment.privacy)
     codec = experiment.training.codec
     if isinstance(codec, Plain):
         return dict(PRIVACY)
@@ -236,16 +240,19 @@ def _statistic(
 def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> Gathered:
     key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "count")
     shapes = {"counts": ((time_slice.n_items,), np.dtype(np.float32))}
-    guard, timeout = recipe.guard, recipe.experiment.training.timeout_seconds
-    bound = None if guard is None else guard.settings.count_clip
+    guard, mode, timeout = recipe.guard, recipe.local, recipe.experiment.training.timeout_seconds
+    clip = None if guard is None else guard.settings.count_clip
+    bound, noise = None, None
+    if mode is not None:
+        clip, bound, noise = mode.settings.count_clip, mode.count_bound(time_slice.n_items), mode.count
 
     def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
-        task, n_items = CountTask(window=time_slice.train, clip_norm=bound), time_slice.n_items
+        task, n_items = CountTask(window=time_slice.train, clip_norm=clip, private=noise), time_slice.n_items
         return RoundPlan(time_slice.index, 0, task, PopularityConfig(), n_items, {}, key, recipe.catalog_digest, slots)
 
     if guard is None:
         everybody = np.arange(roster.n_clients, dtype=np.int64)
-        return gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n), timeout)
+        return gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n, bound), timeout)
     name = f"slice {time_slice.index}: popularity counts"
     mechanism = guard.mechanism(guard.settings.count, guard.settings.count_clip)
     return private_gather(guard, name, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout)
@@ -269,6 +276,13 @@ def _verdict(
     if recipe.guard is not None and private:
         return judge_privately(recipe.guard, contenders, time_slice, link, recipe, {"counts": counts})
     return judge(contenders, time_slice, link, recipe, {"counts": counts})
+
+
+def _spent(recipe: Recipe) -> float | None:
+    """Return the epsilon spent so far; in mode "local" the most that any client can have spent."""
+    if recipe.guard is not None:
+        return recipe.guard.ledger.spent()
+    return None if recipe.local is None else recipe.local.settings.epsilon
 
 
 def _publish(
@@ -309,7 +323,7 @@ def _publish(
         "adoption": dict(state.adoption) or None,
         "overhead": {name: spent + verdict[name] for name, spent in state.overhead.items()},
         "refused": verdict["refused"],
-        "epsilon": None if recipe.guard is None else recipe.guard.ledger.spent(),
+        "epsilon": _spent(recipe),
         "rows": verdict["rows"],
         "differences": verdict["differences"],
     }

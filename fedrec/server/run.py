@@ -28,6 +28,7 @@ from fedrec.protocol.link import Link
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
 from fedrec.server.guard import Guard, guard_of, planned, user_level
 from fedrec.server.lifelong import Desk, Event, Observer, privacy, run_stream
+from fedrec.server.local import local_mode
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe, take_census
 from fedrec.server.state import ServerState
@@ -114,10 +115,16 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     _check_statistics(experiment, dataset)
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
+    local_mode(experiment)
 
 
 def _check_statistics(experiment: Experiment, dataset: Dataset) -> None:
     training, statistics = experiment.training, experiment.training.statistics
+    if isinstance(experiment.model, BlendConfig) and experiment.privacy.mode == "local":
+        raise ConfigError(
+            'The weight of a blend is chosen by validation, which nobody pays for in mode "local"; set model.kind to '
+            '"spectral" or "transformer".'
+        )
     if isinstance(experiment.model, BlendConfig) and statistics is None:
         raise ConfigError("The prior of a blend is made from statistics; add a table [training.statistics].")
     if isinstance(experiment.model, SpectralConfig):
@@ -170,12 +177,16 @@ def run_experiment(
     from fedrec.evaluation.report import write_report
 
     slices = cut(experiment, dataset)
-    recipe = Recipe(experiment, dataset.catalog.digest(), clock)
+    recipe = Recipe(experiment, dataset.catalog.digest(), clock, local=local_mode(experiment))
     with ExitStack() as stack:
         if isinstance(experiment.privacy, UserLevelPrivacy):
             guard = _guard(experiment, folder, link, slices[0], recipe, observe)
             recipe = replace(recipe, guard=guard)
             stack.enter_context(guard.ledger)
+        if recipe.local is not None:
+            warning = check_delta(recipe.local.settings.delta, dataset.log.n_users)
+            if warning:
+                observe(Event("note", {"text": warning}))
         path = folder.path / CHECKPOINT
         state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest)
         if path.exists():
