@@ -1,4 +1,4 @@
-"""A run that learns its clip norm: what is charged is what is used, it survives a resume, and a lying count is refused."""
+"""A run that learns its clip norm: each is charged as used, it survives a resume, and a lying count is refused."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def test_a_missing_count_is_refused() -> None:
 def test_a_count_that_costs_more_than_its_round_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
     experiment = adaptive({"adaptive": {"count_noise": 0.01}})
     check(adaptive(), DATASET)
-    with pytest.raises(PrivacyError, match="set privacy.adaptive.count_noise above"):
+    with pytest.raises(PrivacyError, match=r"set privacy\.adaptive\.count_noise above"):
         calibrated(experiment, (20, 20))
-    with pytest.raises(PrivacyError, match="set privacy.adaptive.count_noise above"):
+    with pytest.raises(PrivacyError, match=r"set privacy\.adaptive\.count_noise above"):
         run(experiment, tmp_path)
     assert PrivacyLedger.read(tmp_path / "small" / "001" / LEDGER).entries() == ()
