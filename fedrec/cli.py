@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,7 +61,7 @@ def simulate(
     """Run an experiment: a lifelong federated run with progress, report (HTML and JSON) and a registry of releases."""
     from rich.console import Console
 
-    from fedrec.config import Experiment, PoissonCohort
+    from fedrec.config import Experiment
 
     settings = Experiment.find(experiment)
     if seed is not None:
@@ -69,10 +70,10 @@ def simulate(
     from fedrec.evaluation.report import print_table
     from fedrec.grid.simulate import simulate as run
     from fedrec.progress import RunProgress
+    from fedrec.server.sampling import expected_size
 
     notes = Console(stderr=True)
-    cohort = settings.training.cohort
-    expected = cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
+    expected = partial(expected_size, settings.training.cohort)
     with RunProgress(notes, settings.n_slices, expected) as bars:
         document, folder = run(
             settings,
