@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,11 +17,8 @@ class RunProgress:
     Use it as a context manager, and its `observe` as the run's observer.
     """
 
-    def __init__(self, console: Console, n_slices: int, expected_cohort: Callable[[int], float]) -> None:
-        """Prepare the bars; nothing is drawn until the context is entered.
-
-        `expected_cohort` gives how many of so many eligible clients a round asks.
-        """
+    def __init__(self, console: Console, n_slices: int, expected_cohort: float) -> None:
+        """Prepare the bars; nothing is drawn until the context is entered."""
         self._cohort = expected_cohort
         self._bars = Progress(
             TextColumn("{task.description:<9}"),
@@ -54,7 +50,7 @@ class RunProgress:
         record: dict[str, Any] = event.record
         if event.kind == "slice":
             rounds = record["rounds"]
-            per_round = self._cohort(record["clients"])
+            per_round = min(self._cohort, record["clients"])
             self._bars.reset(self._rounds, total=rounds, completed=record["done"], note="training")
             self._bars.reset(self._clients, total=rounds * per_round, completed=record["done"] * per_round, note="")
         elif event.kind == "round":

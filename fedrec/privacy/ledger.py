@@ -17,6 +17,7 @@ from fedrec.privacy.events import AnyEvent, Event, GaussianEvent, MatrixEvent
 from fedrec.random import Key
 
 VERSION = 1
+USER, ADD_OR_REMOVE = "user", "add or remove one person"
 _START = "0" * 64
 _ROUNDING = 1e-9
 STRIDES = (256, 32, 4, 1)
@@ -90,23 +91,34 @@ class PrivacyLedger:
     for it, and it is cut off.
     """
 
-    def __init__(self, path: Path | None, *, epsilon: float | None, delta: float) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        epsilon: float | None,
+        delta: float,
+        unit: str = USER,
+        adjacency: str = ADD_OR_REMOVE,
+    ) -> None:
         """Open the ledger, or start it.
 
         Args:
             path: the file; None keeps it in memory, for tests and benchmarks.
             epsilon: the budget; None: no limit, only a record.
             delta: probability that the guarantee may fail with.
+            unit: what is protected.
+            adjacency: what two worlds that must look alike differ in.
 
         Raises:
-            PrivacyError: the budget or delta makes no sense or is not the one that the file was started with, the file
-                is damaged, or another process has it open.
+            PrivacyError: the budget or delta makes no sense, they or the unit are not what the file was started with,
+                the file is damaged, or another process has it open.
         """
         if epsilon is not None:
             check_epsilon(epsilon)
         if not 0 < delta < 1:
             raise PrivacyError(f"delta must lie between 0 and 1, not {delta:g}.")
         self.budget, self.delta = epsilon, delta
+        self.unit, self.adjacency = unit, adjacency
         self._entries: list[Entry] = []
         self._attempts: dict[str, int] = {}
         self._room: dict[AnyEvent, int] = {}
@@ -132,7 +144,13 @@ class PrivacyLedger:
         header, entries, _ = _parse(path.read_bytes(), path)
         if header is None:
             raise PrivacyError(f"'{path}' is no privacy ledger.")
-        found = cls(None, epsilon=header["epsilon"], delta=header["delta"])
+        found = cls(
+            None,
+            epsilon=header["epsilon"],
+            delta=header["delta"],
+            unit=header["unit"],
+            adjacency=header["adjacency"],
+        )
         found._path = path
         found._entries = entries
         return found
@@ -257,7 +275,7 @@ class PrivacyLedger:
         header, entries, sound = _parse(path.read_bytes(), path)
         if header is None:
             self._truncate(0)
-            self._append({"fedrec-ledger": VERSION, "unit": "user", "adjacency": "add or remove one person",
+            self._append({"fedrec-ledger": VERSION, "unit": self.unit, "adjacency": self.adjacency,
                           "epsilon": self.budget, "delta": self.delta})  # fmt: skip
             _sync_folder(path.parent)
             return
@@ -265,6 +283,11 @@ class PrivacyLedger:
             raise PrivacyError(
                 f"The ledger '{path}' was started with epsilon {header['epsilon']} and delta {header['delta']}, not "
                 f"{self.budget} and {self.delta}; a budget cannot be changed while it is being spent."
+            )
+        if (header["unit"], header["adjacency"]) != (self.unit, self.adjacency):
+            raise PrivacyError(
+                f"The ledger '{path}' protects the unit '{header['unit']}' ({header['adjacency']}), not '{self.unit}' "
+                f"({self.adjacency}); what was promised cannot be changed while it is being spent."
             )
         self._truncate(sound)
         self._entries = entries

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.data.slices import Window
+from fedrec.privacy.settings import LocalNoise
 from fedrec.random import Key
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class FitTask(_Settings):
     local: LocalTraining = LocalTraining()
     turn: Turn | None = None
     """Only those of the planned clients take part whose turn it is; None: all of them."""
+    private: LocalNoise | None = None
+    """Noise that the client itself adds before anything leaves it; None: it sends its exact update."""
 
 
 class CountTask(_Settings):
@@ -68,6 +71,8 @@ class CountTask(_Settings):
     window: Window
     clip_norm: float | None = Field(default=None, gt=0)
     """L2 bound of one client's counts; None: not bounded."""
+    private: LocalNoise | None = None
+    """Noise that the client itself adds before anything leaves it, at user level."""
 
 
 class CooccurrenceSettings(_Settings):
@@ -75,7 +80,7 @@ class CooccurrenceSettings(_Settings):
 
     sketch: Literal["pairs", "features"] = "pairs"
     """"pairs": M itself, twice, once weighted for the features, sparse, to a trusted server that projects; "features":
-    the dense triangle in feature space, which tells nothing of single items and can be masked."""
+    the dense triangle in feature space, which can be masked; one that is not betrays which items are likely."""
     item_share: float = Field(default=0.75, ge=0, le=1)
     """Share of the squared norm that goes to M; must be 0 in a sketch of features."""
     feature_share: float = Field(default=0.22, ge=0, le=1)

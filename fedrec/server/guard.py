@@ -8,6 +8,8 @@ from typing import Any
 
 from fedrec.config import Experiment, PoissonCohort, TurnCohort
 from fedrec.errors import PrivacyError
+from fedrec.models.configs import BlendConfig
+from fedrec.params import Params
 from fedrec.privacy.accounting import calibrate
 from fedrec.privacy.adaptive import AdaptiveMechanism, count_noise
 from fedrec.privacy.events import Event, GaussianEvent, MatrixEvent
@@ -78,6 +80,9 @@ class Guard:
         """Return the noise of a charge."""
         return SecureNoise() if self.root is None else SeededNoise(secret.child("noise"))
 
+    def told(self, charge: Charge, rate: float, expected_cohort: float, released: Params) -> None:
+        """Do nothing: an auditor's guard listens here to every release of a sum, see `fedrec.audit`."""
+
 
 def planned(experiment: Experiment, population: tuple[int, int], scale: float) -> list[tuple[str, Event]]:
     """Return everything that the planned life of a run will charge, with what it is for.
@@ -99,6 +104,11 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
         if stage.rounds:
             event = _fitting(experiment, population, index, scale)
             events.append((f"slice {index}: {stage.rounds} rounds{_correlated(event)}", event))
+        if isinstance(experiment.model, BlendConfig):
+            tried = GaussianEvent(
+                noise_multiplier=settings.metrics_noise * scale, count=1 + len(experiment.model.weights)
+            )
+            events.append((f"slice {index}: validation of the fit", tried))
         if settings.metrics == "private":
             noise = settings.metrics_noise * scale
             events.append((f"slice {index}: metrics", GaussianEvent(noise_multiplier=noise, count=JUDGED)))

@@ -73,12 +73,16 @@ def private_gather(
         got: Gathered = secure_gather(
             link, roster, places, plan_for, shapes, mechanism, charge, guard.settings.secure_sum, timeout_seconds, seed
         )
-        return replace(got, sums=named.scale(got.sums, 1.0 / expected_cohort))
+        released = named.scale(got.sums, 1.0 / expected_cohort)
+        guard.told(charge, rate, expected_cohort, released)
+        return replace(got, sums=released)
     bound = mechanism.clip_norm if prepare is None else None
     got = gather(link, roster, places, plan_for, lambda n: Expectation(shapes, n, bound), timeout_seconds)
     total = got.sums or zeros(shapes)
     total = total if prepare is None else prepare(total, got.n_clients)
-    return replace(got, sums=mechanism.noised(total, expected_cohort, charge, guard.noise(secret)), stats={})
+    released = mechanism.noised(total, expected_cohort, charge, guard.noise(secret))
+    guard.told(charge, rate, expected_cohort, released)
+    return replace(got, sums=released, stats={})
 
 
 def drawn(secret: Key, roster: Roster, rate: float) -> NDArray[np.int64]:

@@ -94,6 +94,7 @@ def _adaptive(
     within = got.n_clients - got.stats.get("clipped", 0.0)
     total, noise = got.sums or zeros(shapes), guard.noise(secret)
     mean, share = mechanism.noised(total, within, got.n_clients, expected_cohort, charge, noise)
+    guard.told(charge, rate, expected_cohort, mean)
     return replace(got, sums=mean, stats={}), next_clip_norm(settings, mechanism.clip_norm, share)
 
 
@@ -125,6 +126,7 @@ def _correlated(
     got = gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n, bound), timeout)
     expected = guard.people(place.slice) / cohort.groups
     sums = stage.mechanism.noised(got.sums or zeros(shapes), expected, stage.charge, row)
+    guard.told(stage.charge, 1.0 / cohort.groups, expected, sums)
     return replace(got, sums=sums, stats={})
 
 

@@ -13,6 +13,7 @@ from fedrec import params as named
 from fedrec.config import Experiment, TurnCohort
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
 from fedrec.errors import FedrecError, RunError, TallyRefused
+from fedrec.models.build import trained
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.tally import Expectation
@@ -21,6 +22,7 @@ from fedrec.random import Key
 from fedrec.server import optimizer
 from fedrec.server.gather import Roster, gather
 from fedrec.server.guard import Guard
+from fedrec.server.local import LocalMode
 from fedrec.server.private_fit import Place, private_fit
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState
@@ -37,12 +39,14 @@ class Recipe:
         catalog_digest: the catalogue that item numbers refer to.
         clock: seconds, for measuring how long a round takes.
         guard: ledger and noise of a run that is private at user level.
+        local: what is asked of clients that trust nobody.
     """
 
     experiment: Experiment
     catalog_digest: str
     clock: Clock
     guard: Guard | None = None
+    local: LocalMode | None = None
 
 
 def take_census(link: Link, window: TimeWindow | LastWindow, recipe: Recipe) -> Roster:
@@ -81,8 +85,14 @@ def run_round(
     key = round_key(recipe.experiment, time_slice.index, state.round)
     clip_norm = state.clip_norm or training.local.clip_norm
     local = training.local.model_copy(update={"clip_norm": clip_norm})
-    turn = turn_of(recipe.experiment, time_slice.index, state.round)
-    task = FitTask(window=time_slice.train, local=local, turn=turn)
+    mode = recipe.local
+    bound = clip_norm if mode is None else mode.fit_bound(local, state.params)
+    task = FitTask(
+        window=time_slice.train,
+        local=local,
+        turn=turn_of(recipe.experiment, time_slice.index, state.round),
+        private=None if mode is None else mode.fit,
+    )
     shapes = {name: (value.shape, value.dtype) for name, value in state.params.items()}
 
     def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
@@ -90,7 +100,7 @@ def run_round(
             time_slice.index,
             state.round,
             task,
-            recipe.experiment.model,
+            trained(recipe.experiment.model),
             time_slice.n_items,
             state.params,
             key,
@@ -107,7 +117,7 @@ def run_round(
             roster,
             sample(training.cohort, roster.n_clients, key.child("cohort")),
             plan_for,
-            lambda n: Expectation(shapes, n, task.local.clip_norm),
+            lambda n: Expectation(shapes, n, bound),
             training.timeout_seconds,
         )
         mean = named.scale(got.sums, 1.0 / got.n_clients) if got.n_clients else {}
@@ -136,6 +146,8 @@ def run_round(
         "seconds": round(recipe.clock() - began, 4),
         "update_norm": norm,
     }
+    if mode is not None:
+        record["spent"] = got.stats.get("spent", 0.0)
     new = state.advanced(
         round=state.round + 1,
         params=params,

@@ -27,10 +27,3 @@ def sample(cohort: PoissonCohort | FixedCohort | TurnCohort, n_eligible: int, ke
     bound = np.partition(u, cohort.size - 1)[cohort.size - 1]
     below, level = np.flatnonzero(u < bound), np.flatnonzero(u == bound)
     return np.sort(np.concatenate((below, level[: cohort.size - len(below)])))
-
-
-def expected_size(cohort: PoissonCohort | FixedCohort | TurnCohort, n_eligible: int) -> float:
-    """Return how many of the eligible clients take part in a round on average."""
-    if isinstance(cohort, TurnCohort):
-        return n_eligible / cohort.groups
-    return min(cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size, n_eligible)

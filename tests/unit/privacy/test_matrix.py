@@ -162,7 +162,7 @@ def test_rows_are_given_once_and_made_again_from_the_key() -> None:
 
 
 def test_a_band_wider_than_the_separation_is_refused() -> None:
-    with pytest.raises(PrivacyError, match=r"lower privacy\.fit_noise\.band"):
+    with pytest.raises(PrivacyError, match=r"lower privacy.fit_noise.band"):
         optimised(50, 9, 8)
     assert optimised(3, 9, 8).band == 3
     for wrong in ((), (2.0,), (1.0, math.nan)):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedrec.config import FixedCohort, PoissonCohort, TurnCohort
+from fedrec.config import FixedCohort, PoissonCohort
 from fedrec.random import Key
-from fedrec.server.sampling import expected_size, sample
+from fedrec.server.sampling import sample
 
 ROOT = Key.from_seed(5)
 N_ROUNDS, N_CLIENTS = 3000, 40
@@ -74,10 +74,3 @@ def test_nobody_eligible_gives_nobody(cohort: PoissonCohort | FixedCohort) -> No
 
 def test_fixed_takes_everybody_when_fewer_are_there() -> None:
     assert sample(FixedCohort(size=10), 4, ROOT).tolist() == [0, 1, 2, 3]
-
-
-def test_the_expected_size_is_never_above_the_eligible() -> None:
-    assert [expected_size(PoissonCohort(expected=10), n) for n in (4, 40)] == [4, 10]
-    assert [expected_size(FixedCohort(size=10), n) for n in (4, 40)] == [4, 10]
-    assert expected_size(TurnCohort(groups=8), 40) == 5
-    assert len(sample(TurnCohort(groups=8), 40, ROOT)) == 40  # the clients know whose turn it is
