@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import Row, claim, progress, run
+from fedrec.client.app import client_app
+from fedrec.client.pool import LogPool
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import LastWindow
@@ -26,6 +28,8 @@ from fedrec.protocol.secure import layout_of
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CooccurrenceTask, CountTask
 from fedrec.server.app import GridLink, server_app
+from fedrec.server.registry import Registry
+from fedrec.server.run import RunFolder, run_experiment
 from fedrec.server.secure import upload_bytes
 from fedrec.server.spectral import asked_shapes
 
