@@ -79,7 +79,7 @@ class Trained:
 def in_cache(*parts: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut tensors [c, ...] along their first axis, so that a piece of the first one is about `PIECE_BYTES`."""
     n = max(1, PIECE_BYTES * len(parts[0]) // max(1, parts[0].nbytes))
-    return [part.split(n) for part in parts]
+    return [torch.split(part, n) for part in parts]
 
 
 def cache_block(model: Recommender, steps: int) -> int:

@@ -36,7 +36,9 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
     sparse = model.row_names if model.gathers else frozenset()
     # In the first step all clients hold the same numbers: views, of which only the gradients are apart.
     start = {
-        name: F.embedding(touched, value.detach()) if name in sparse else value.detach().expand(len(cohort), *value.shape)
+        name: F.embedding(touched, value.detach())
+        if name in sparse
+        else value.detach().expand(len(cohort), *value.shape)
         for name, value in model.named_parameters()
     }
     own, first = start, torch.zeros(0)
