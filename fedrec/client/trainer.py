@@ -15,8 +15,10 @@ from fedrec.protocol.task import LocalTraining
 from fedrec.random import Key
 
 Tensors = dict[str, Tensor]
-CACHE_BYTES = 10 << 20
-"""What the clients of a block may hold of the model together; measured, see docs/performance.md."""
+CACHE_BYTES, LARGEST_BYTES = 10 << 20, 48 << 20
+"""What the clients of a block hold of the model together: so much suits the cache, and more than that is too much."""
+POSITIONS = 4096
+"""So many positions of histories a block should have, or starting its operations costs more than the cache saves."""
 
 PIECE_BYTES = 1 << 20
 """Of what is only passed on: memory that is written and read again at once should be in the cache still."""
@@ -81,14 +83,15 @@ def in_cache(*parts: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def cache_block(model: Recommender, steps: int) -> int:
-    """Return how many clients to compute at once, so that what they hold of the model stays near the cache."""
+    """Return how many clients to compute at once: enough work for each operation, but near the cache; measured."""
     named = dict(model.named_parameters())
     sparse = model.row_names if model.gathers else frozenset()
     spec = model.spec
     each = spec.targets if spec.kind == "pairs" else spec.length + 1
     touched = min(model.n_items, steps * (each + (spec.negatives or 0)))
     held = sum(p.numel() // (len(p) if n in sparse else 1) * (touched if n in sparse else 1) for n, p in named.items())
-    return int(min(max(CACHE_BYTES // (4 * held), 8), 512))
+    fits, most = CACHE_BYTES // (4 * held), LARGEST_BYTES // (4 * held)
+    return int(min(max(fits, min(POSITIONS // spec.length, most), 8), 512))
 
 
 def step_batches(cohort: Cohort, model: Recommender, local: LocalTraining, key: Key) -> list[Batch]:
