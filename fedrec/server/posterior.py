@@ -116,7 +116,7 @@ def _carried(
     length = float(np.square(features, dtype=np.float64).sum()) / max(1, used)
     if not length:
         return None
-    basis = features / np.float32(math.sqrt(length))
+    basis = (features / math.sqrt(length)).astype(np.float32)
     told, own = sketch / np.float32(length), basis.T @ (pairs @ basis)
     variance = (deviation / length) ** 2
     strength = float(np.square(told, dtype=np.float64).sum()) - used**2 * variance
@@ -127,4 +127,5 @@ def _carried(
         return None
     weight = deviation**2 / (deviation**2 + 2.0 * scale**2 * variance)
     block = np.asarray(weight * scale * told + (1.0 - weight) * own, np.float32)
-    return basis @ block, np.ascontiguousarray(basis.T)
+    left: NDArray[np.float32] = (basis @ block).astype(np.float32)
+    return left, np.ascontiguousarray(basis.T)

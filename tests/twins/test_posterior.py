@@ -89,7 +89,8 @@ def test_nothing_but_noise_gives_finite_means() -> None:
     found = expected_pairs(
         noise, np.zeros(N, np.float32), DEVIATION, np.zeros((N, 2), np.float32), np.eye(2, dtype=np.float32)
     )
-    assert np.isfinite(found).all() and (found >= 0).all()
+    assert np.isfinite(found).all()
+    assert (found >= 0).all()
 
 
 def test_leading_eigenvectors() -> None:
