@@ -52,15 +52,6 @@ class FactorisationConfig(_Settings):
     """L2 penalty on the user vector, per observed interaction."""
 
 
-class PosteriorSettings(_Settings):
-    """Each noised pair is replaced by its expected value, given the noise, popularity and the public features."""
-
-    again: int = Field(default=60, ge=0)
-    """How many eigenvectors of the first result tell the prior of a second look; 0: there is none."""
-    caution: float = Field(default=1.0, gt=0, le=1)
-    """What part of the noise's standard deviation is assumed; less keeps more of the pairs and of the noise."""
-
-
 class SpectralConfig(_Settings):
     """Made from the co-occurrence statistic alone: nothing is fitted, so noise in it is all that privacy costs."""
 
@@ -85,9 +76,9 @@ class SpectralConfig(_Settings):
     """Weight of each older interaction against the next."""
     feature_decay: float | None = Field(default=None, gt=0, le=1)
     """The same for the features' part; None: as `decay`."""
-    posterior: PosteriorSettings | None = PosteriorSettings()
-    """How noise is removed from the pairs before eigenvectors are taken; None: not at all. Without noise it changes
-    nothing."""
+    caution: float = Field(default=0.8, ge=0, le=1)
+    """What part of the noise's standard deviation is assumed when each noised pair is replaced by its posterior mean,
+    given popularity and the public features; less keeps more of the pairs and of the noise, 0 leaves pairs alone."""
 
 
 class TransformerConfig(_Settings):

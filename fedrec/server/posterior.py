@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from fedrec.params import Array
@@ -20,8 +19,6 @@ def expected_pairs(
     deviation: float,
     features: NDArray[np.float32] | None = None,
     sketch: NDArray[np.float32] | None = None,
-    *,
-    again: int = 0,
     caution: float = 1.0,
 ) -> NDArray[np.float32]:
     r"""Return the posterior mean of every entry of a noised statistic of items.
@@ -31,9 +28,7 @@ def expected_pairs(
 
     The prior mean m is empirical: what the public features let one expect of the pair, with C the statistic in feature
     space, and what the two items' popularity does, with t such that it adds up to all pairs seen. Most pairs of a large
-    catalogue are rare, so the prior removes most of the noise, while pairs far above it stay as they are. With `again`
-    the leading eigenvectors of this mean then tell a second prior, half of the first and their product, for a second
-    look at y.
+    catalogue are rare, so the prior removes most of the noise, while pairs far above it stay as they are.
 
     Args:
         pairs: [n, n] symmetric, noised.
@@ -41,12 +36,12 @@ def expected_pairs(
         deviation: standard deviation of the noise in each entry of pairs and sketch; 0 returns the pairs as they are.
         features: B [n, r], columns about orthogonal and of one length, or 0.
         sketch: ``B^T W B`` [r, r] noised, W another weighing of the same pairs.
-        again: how many eigenvectors; 0: there is no second look.
-        caution: what part of the deviation is assumed; below 1 more of the pairs and more of the noise is kept.
+        caution: what part of the deviation the posterior assumes; below 1 more of the pairs and of the noise is kept,
+            0 returns the pairs as they are.
 
     Source: the mean of a truncated normal distribution, Johnson, Kotz & Balakrishnan, vol. 1, section 13.10.1.
     """
-    if deviation <= 0:
+    if deviation * caution <= 0:
         return pairs
     n = len(pairs)
     taken = np.maximum(counts.astype(np.float64), 0.0)
@@ -55,36 +50,13 @@ def expected_pairs(
     total = max(float(pairs.sum(dtype=np.float64)), math.sqrt(2.0) * deviation * n)
     share = taken / taken.sum()
     carried = None if features is None or sketch is None else _carried(pairs, deviation, features, sketch)
-    first = np.empty_like(pairs)
-    for rows in _blocks(n):
-        first[rows] = total * share[rows, None] * share[None, :]
-        if carried is not None:
-            first[rows] += np.maximum(carried[0][rows] @ carried[1], 0.0)
-    found = _mean(pairs, deviation * caution, first)
-    if not again:
-        return found
-    values, vectors = leading(found, again)
-    left = vectors * np.maximum(values, 0.0)
-    for rows in _blocks(n):
-        first[rows] = first[rows] / 2.0 + np.maximum(left[rows] @ vectors.T, 0.0)
-    return _mean(pairs, deviation * caution, first)
-
-
-def leading(square: NDArray[np.float32], rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the largest eigenvalues [k] of a symmetric matrix, descending, and their vectors [n, k]; k <= rank."""
-    values, vectors = torch.linalg.eigh(torch.from_numpy(square))
-    kept = min(rank, len(values))
-    return values.flip(0)[:kept].numpy(), vectors.flip(1)[:, :kept].numpy()
-
-
-def _blocks(n: int) -> list[slice]:
-    return [slice(start, start + AT_ONCE) for start in range(0, n, AT_ONCE)]
-
-
-def _mean(pairs: NDArray[np.float32], deviation: float, prior: NDArray[np.float32]) -> NDArray[np.float32]:
     found = np.empty_like(pairs)
-    for rows in _blocks(len(pairs)):
-        found[rows] = posterior_mean(pairs[rows], deviation, prior[rows])
+    for start in range(0, n, AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        prior = total * share[rows, None] * share[None, :]
+        if carried is not None:
+            prior = prior + np.maximum(carried[0][rows] @ carried[1], 0.0)
+        found[rows] = posterior_mean(pairs[rows], deviation * caution, prior)
     return found
 
 
@@ -95,6 +67,8 @@ def posterior_mean(
 
     It is the mean of a normal distribution about ``observed - deviation^2 / prior``, cut off below 0.
     """
+    import torch
+
     centre = torch.as_tensor(observed.astype(np.float64) - deviation**2 / prior.astype(np.float64))
     # The ratio of density to distribution, in the form that does not underflow far below 0.
     ratio = math.sqrt(2.0 / math.pi) / torch.special.erfcx(centre / (-deviation * math.sqrt(2.0)))

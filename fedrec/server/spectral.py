@@ -12,7 +12,7 @@ from fedrec.models.configs import SpectralConfig
 from fedrec.params import Array, Params
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.task import CooccurrenceTask
-from fedrec.server.posterior import expected_pairs, leading
+from fedrec.server.posterior import expected_pairs
 
 Features = NDArray[np.float32]
 _F32 = np.dtype(np.float32)
@@ -67,18 +67,8 @@ def spectral_params(
     rows = np.zeros((n_items, config.item_rank), np.float32)
     if "items" in statistic and config.item_rank and n_items > 1:
         pairs = unpacked(statistic["items"], n_items)
-        if config.posterior is not None:
-            deviation = math.sqrt(float(statistic.get("variance", np.zeros(1))[0]))
-            settings = config.posterior
-            pairs = expected_pairs(
-                pairs,
-                statistic["counts"],
-                deviation,
-                features,
-                small,
-                again=settings.again,
-                caution=settings.caution,
-            )
+        deviation = math.sqrt(float(statistic["variance"][0])) if "variance" in statistic else 0.0
+        pairs = expected_pairs(pairs, statistic["counts"], deviation, features, small, config.caution)
         rows = _rows(pairs, config.item_rank, config.item_power)
     carried = np.zeros((n_items, config.feature_rank), np.float32)
     if small is not None and features is not None and config.feature_rank:
@@ -130,7 +120,10 @@ def _rows(square: NDArray[np.float32], rank: int, power: float) -> NDArray[np.fl
 
     The power is halved, because a score multiplies two rows.
     """
-    values, vectors = leading(square, rank)
+    import torch
+
+    values, vectors = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(square)))
+    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
     positive = np.maximum(values, 0.0)
     share = positive / np.maximum(positive.max(initial=0.0), 1e-30)
     rows = np.zeros((len(square), rank), np.float32)
