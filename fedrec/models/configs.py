@@ -74,6 +74,11 @@ class SpectralConfig(_Settings):
     """How many of the newest interactions a person's vector is made of."""
     decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of each older interaction against the next."""
+    feature_decay: float | None = Field(default=None, gt=0, le=1)
+    """The same for the features' part; None: as `decay`."""
+    caution: float = Field(default=0.8, ge=0, le=1)
+    """What part of the noise's standard deviation is assumed when each noised pair is replaced by its posterior mean,
+    given popularity and the public features; less keeps more of the pairs and of the noise, 0 leaves pairs alone."""
 
 
 class TransformerConfig(_Settings):

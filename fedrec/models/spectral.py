@@ -46,10 +46,12 @@ class Spectral(Recommender):
     def encode(self, items: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         """Return the scaled user vectors of both parts, and the weight of popularity."""
         age = mask.flip(1).cumsum(1).flip(1) - 1
-        weight = torch.where(mask, self.settings.decay ** age.float(), 0.0)
+        decays = (self.settings.decay, self.settings.feature_decay or self.settings.decay)
+        weights = (torch.where(mask, decay ** age.float(), 0.0) for decay in decays)
         parts = (
             standard(torch.einsum("bl,bld->bd", weight, table[items]), spread) * factor
-            for table, spread, factor in zip(
+            for weight, table, spread, factor in zip(
+                weights,
                 (self.items, self.features),
                 (self.item_spread, self.feature_spread),
                 (self.settings.item_weight, self.settings.feature_weight),

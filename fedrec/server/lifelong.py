@@ -223,6 +223,8 @@ def _statistic(
         mechanism = guard.mechanism(guard.settings.statistics, 1.0)
         prepare = partial(projected, features)
         got = private_gather(guard, name, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout, prepare)
+        variance = np.full(1, (mechanism.clip_norm * mechanism.noise_multiplier) ** 2, np.float32)
+        got = replace(got, sums={**got.sums, "variance": variance})
     before = state.releases[-1]["n_items"] if state.releases else n_items
     total = added(grown_statistic(state.statistic, before, n_items), got.sums)
     model = recipe.experiment.model
