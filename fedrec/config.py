@@ -158,6 +158,9 @@ class EvaluationConfig(_Settings):
     local_only: LocalOnlyConfig = LocalOnlyConfig()
     sampled_negatives: int | None = Field(default=None, ge=1)
     """Also rank against this many random items, for comparison with old papers only."""
+    promotion_margin: float | None = Field(default=None, ge=0, lt=1)
+    """Keep a release but do not promote it, and go on from its parent, if its NDCG at the first cut-off is lower than
+    that of its parent on the same test by more than this share; None: promote every release."""
 
 
 class RuntimeConfig(_Settings):

@@ -18,7 +18,7 @@ from fedrec.protocol.codec import AnyCodec, Plain, Sparse
 from fedrec.random import Key
 
 JUDGED = 2
-"""Recommenders whose metrics a private run asks for after a slice: the release and popularity."""
+"""Recommenders whose metrics a private run always asks for after a slice: the release and popularity."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
         _check_masked(experiment, settings, population)
     events: list[tuple[str, Event]] = []
     for index in range(experiment.n_slices):
+        judged = JUDGED + (index > 0 and experiment.evaluation.promotion_margin is not None)  # its parent as well
         stage = training.base if index == 0 else training.later
         events.append((f"slice {index}: popularity counts", GaussianEvent(noise_multiplier=settings.count * scale)))
         if training.statistics is not None:
@@ -85,7 +86,7 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
             events.append((f"slice {index}: {stage.rounds} rounds", _fitting(experiment, population, index, scale)))
         if settings.metrics == "private":
             noise = settings.metrics_noise * scale
-            events.append((f"slice {index}: metrics", GaussianEvent(noise_multiplier=noise, count=JUDGED)))
+            events.append((f"slice {index}: metrics", GaussianEvent(noise_multiplier=noise, count=judged)))
     return events
 
 

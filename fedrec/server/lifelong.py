@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.config import Experiment, StatisticsConfig
+from fedrec.config import EvaluationConfig, Experiment, StatisticsConfig
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.features import item_features
 from fedrec.data.slices import TimeSlice
@@ -243,7 +243,8 @@ def _verdict(
     model = recipe.experiment.model
     contenders = {"release": Contender(model, state.released)}
     private = recipe.guard is not None and recipe.guard.settings.metrics == "private"
-    if state.parent is not None and not private:
+    wanted = not private or recipe.experiment.evaluation.promotion_margin is not None
+    if state.parent is not None and wanted:
         contenders["previous"] = Contender(model, registry.load(state.parent).params)
     contenders["popularity"] = popularity_contender(state.counts)
     alone = recipe.experiment.evaluation.local_only.people and not isinstance(model, SpectralConfig)
@@ -261,6 +262,7 @@ def _publish(
 ) -> tuple[ServerState, Release]:
     """Write the release, and move the state on to the next slice."""
     experiment = recipe.experiment
+    promoted = worth_promoting(verdict["rows"], experiment.evaluation)
     release = desk.registry.publish(
         state.released,
         desk.catalog.prefix(time_slice.n_items),
@@ -272,6 +274,7 @@ def _publish(
         experiment_digest=experiment.digest(),
         metrics=verdict["rows"],
         privacy=privacy(experiment, recipe.guard),
+        promote=promoted,
     )
     own = [record for record in state.rounds if record["slice"] == time_slice.index]
     record = {
@@ -279,7 +282,7 @@ def _publish(
         "slice": time_slice.index,
         "digest": release.manifest.sha256,
         "parent": state.parent,
-        "promoted": True,
+        "promoted": promoted,
         "n_items": time_slice.n_items,
         "train_rows": round(float(state.counts["counts"].sum())) - sum(r["train_rows"] for r in state.releases),
         "train_start": getattr(time_slice.train, "start", None),
@@ -296,7 +299,23 @@ def _publish(
         "rows": verdict["rows"],
         "differences": verdict["differences"],
     }
-    moved = state.advanced(
-        slice=time_slice.index + 1, round=0, parent=release.version, releases=(*state.releases, record)
-    )
-    return moved, release
+    moved = state.advanced(slice=time_slice.index + 1, round=0, releases=(*state.releases, record))
+    if promoted or state.parent is None:
+        return moved.advanced(parent=release.version), release
+    # What did harm is not built upon; counts and statistics are sums over all slices, and stay.
+    return moved.advanced(params=desk.registry.load(state.parent).params, average={}, memory={}), release
+
+
+def worth_promoting(rows: Mapping[str, Any], settings: EvaluationConfig) -> bool:
+    """Return whether a release is no worse than its parent, beyond the margin, on the same test.
+
+    Args:
+        rows: ``{"release": ..., "previous": ...}`` of the verdict; without "previous" there is nothing to be worse than.
+        settings: holds the margin.
+    """
+    name, margin = f"ndcg@{settings.ks[0]}", settings.promotion_margin
+    found = [rows.get(row, {}).get("all", {}).get("metrics", {}).get(name) for row in ("release", "previous")]
+    if margin is None or None in found:
+        return True
+    own, parent = (float(one["value"]) for one in found)
+    return own >= (1.0 - margin) * parent
