@@ -50,6 +50,16 @@ class LeaveOneOutSplit(_Settings):
     """Which of the two to predict; choose settings on "validation"."""
 
 
+class BlockSplit(_Settings):
+    """A data set that `fedrec.data.blocks` laid out: each block holds back a test that is asked again all life long."""
+
+    kind: Literal["blocks"] = "blocks"
+    later: int = Field(default=3, ge=1)
+    """How many blocks follow the first."""
+    refit: bool = False
+    """Train the later slices on everything so far instead of on their own block: the ceiling, at its price."""
+
+
 class PoissonCohort(_Settings):
     """Every eligible client takes part independently with the same probability."""
 
@@ -186,7 +196,7 @@ class Experiment(_Settings):
     seed: int = 1
     """Root of all randomness."""
     data: DataConfig = DataConfig()
-    split: Annotated[StreamSplit | LeaveOneOutSplit, Field(discriminator="kind")] = StreamSplit()
+    split: Annotated[StreamSplit | LeaveOneOutSplit | BlockSplit, Field(discriminator="kind")] = StreamSplit()
     model: TrainedConfig
     training: TrainingConfig = TrainingConfig()
     privacy: Privacy = NoPrivacy()
@@ -196,7 +206,7 @@ class Experiment(_Settings):
     @property
     def n_slices(self) -> int:
         """How many releases the run will publish."""
-        return self.split.later + 1 if isinstance(self.split, StreamSplit) else 1
+        return 1 if isinstance(self.split, LeaveOneOutSplit) else self.split.later + 1
 
     def digest(self) -> str:
         """Return the SHA-256 of everything that decides the result; `runtime` does not count."""

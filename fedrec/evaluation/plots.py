@@ -87,10 +87,12 @@ def draw_all(document: Record) -> list[Plot]:
     """Return every plot that the document has numbers for."""
     import matplotlib.style
 
+    from fedrec.evaluation.life_plot import life_plot
+
     releases, rounds = document.get("releases") or [], document.get("rounds") or []
     # The reader's own matplotlibrc must not show in the report; the settings return to theirs on leaving.
     with matplotlib.style.context(["default", STYLE]):
-        makers = (_quality(releases), _groups(releases), _loss(rounds), _traffic(rounds, releases))
+        makers = (_quality(releases), life_plot(releases), _groups(releases), _loss(rounds), _traffic(rounds, releases))
         return [plot for plot in (*makers, _answers(rounds), _seconds(rounds)) if plot is not None]
 
 
@@ -102,7 +104,7 @@ def _quality(releases: Sequence[Record]) -> Plot | None:
         return None
     figure, alt = drawn
     caption = "Higher is better. Dots are means over the tested people, bars are 95% intervals."
-    return Plot("quality", "Recommendation quality", caption, _svg(figure, "quality", f"Recommendation quality. {alt}"))
+    return Plot("quality", "Recommendation quality", caption, svg(figure, "quality", f"Recommendation quality. {alt}"))
 
 
 def _groups(releases: Sequence[Record]) -> Plot | None:
@@ -114,7 +116,7 @@ def _groups(releases: Sequence[Record]) -> Plot | None:
     figure, alt = drawn
     shown = metric_name(metric)
     caption = f"{shown} of known people, of people first seen in the test, and on items that joined after training."
-    return Plot("groups", f"{shown} by group", caption, _svg(figure, "groups", f"{shown} by group. {alt}"))
+    return Plot("groups", f"{shown} by group", caption, svg(figure, "groups", f"{shown} by group. {alt}"))
 
 
 def _panels(
@@ -126,7 +128,7 @@ def _panels(
     if not panels:
         return None
     one = len(releases) == 1
-    figure = _figure((WIDE[0], 0.9 + 0.36 * len(rows)) if one else WIDE)
+    figure = new_figure((WIDE[0], 0.9 + 0.36 * len(rows)) if one else WIDE)
     axes = figure.subplots(1, len(panels), sharey=sharey, squeeze=False)[0]
     for ax, (title, group, metric) in zip(axes, panels, strict=True):
         ax.set_title(title)
@@ -210,7 +212,7 @@ def _loss(rounds: Sequence[Record]) -> Plot | None:
     with_loss = [(x, r) for x, r in _numbered(rounds) if r.get("loss") is not None]
     if not with_loss:
         return None
-    figure = _figure(WIDE)
+    figure = new_figure(WIDE)
     ax = figure.subplots()
     many = len(with_loss) > 60
     for _, part in groupby(with_loss, key=lambda pair: (pair[1].get("slice"), pair[1].get("task"))):
@@ -224,7 +226,7 @@ def _loss(rounds: Sequence[Record]) -> Plot | None:
     alt = f"Training loss over {len(with_loss)} rounds, from {first:.3g} to {last:.3g}."
     smooth = " The strong line is the mean of the 9 rounds around." if many else ""
     caption = f"What the clients of each round reported before the server's step; lower is better.{smooth}"
-    return Plot("loss", "Training loss", caption, _svg(figure, "loss", alt))
+    return Plot("loss", "Training loss", caption, svg(figure, "loss", alt))
 
 
 def _traffic(rounds: Sequence[Record], releases: Sequence[Record]) -> Plot | None:
@@ -233,7 +235,7 @@ def _traffic(rounds: Sequence[Record], releases: Sequence[Record]) -> Plot | Non
     totals = {key: list(accumulate(column)) for key, column in columns.items()}
     if not any(column[-1] for column in totals.values() if column):
         return None
-    figure = _figure(WIDE)
+    figure = new_figure(WIDE)
     axes = figure.subplots(1, 2)
     xs = range(1, len(rounds) + 1)
     for ax, title, lines in ((axes[0], "Each round", columns), (axes[1], "Since the start", totals)):
@@ -258,14 +260,14 @@ def _traffic(rounds: Sequence[Record], releases: Sequence[Record]) -> Plot | Non
     if alone:
         caption += f" A client on a node of its own would receive and send {size(alone)} in each of its rounds."
     return Plot(
-        "traffic", "Traffic", caption, _svg(figure, "traffic", f"Bytes per round and since the start. {caption}")
+        "traffic", "Traffic", caption, svg(figure, "traffic", f"Bytes per round and since the start. {caption}")
     )
 
 
 def _answers(rounds: Sequence[Record]) -> Plot | None:
     if not any(r.get("cohort") for r in rounds):
         return None
-    figure = _figure(HALF)
+    figure = new_figure(HALF)
     ax = figure.subplots()
     asked, answered = ([float(r.get(key) or 0) for r in rounds] for key in ("cohort", "clients"))
     _draw(ax, rounds, asked, color=FAINT, lw=1.6, label="asked")
@@ -279,7 +281,7 @@ def _answers(rounds: Sequence[Record]) -> Plot | None:
     figure.legend(loc="outside upper left", ncols=3, handlelength=1.4, columnspacing=1.2)
     share = sum(answered) / sum(asked)
     caption = f"Clients asked and clients whose contribution counted: {share:.1%} of those asked.{_lone(rounds)}"
-    return Plot("answers", "Clients per round", caption, _svg(figure, "answers", caption), wide=False)
+    return Plot("answers", "Clients per round", caption, svg(figure, "answers", caption), wide=False)
 
 
 def _seconds(rounds: Sequence[Record]) -> Plot | None:
@@ -287,7 +289,7 @@ def _seconds(rounds: Sequence[Record]) -> Plot | None:
     known = sorted(y for y in ys if not math.isnan(y))
     if not known:
         return None
-    figure = _figure(HALF)
+    figure = new_figure(HALF)
     ax = figure.subplots()
     median = statistics.median(known)
     _draw(ax, rounds, ys, color=DOWN, lw=1.2, label="round")
@@ -297,7 +299,7 @@ def _seconds(rounds: Sequence[Record]) -> Plot | None:
     ax.set_ylabel("Seconds")
     figure.legend(loc="outside upper left", ncols=2, handlelength=1.8, columnspacing=1.2)
     caption = f"Wall-clock time of each round; the median is {median:.2g} s.{_lone(rounds)}"
-    return Plot("seconds", "Time per round", caption, _svg(figure, "seconds", caption), wide=False)
+    return Plot("seconds", "Time per round", caption, svg(figure, "seconds", caption), wide=False)
 
 
 def _numbered(rounds: Sequence[Record]) -> Iterator[tuple[int, Record]]:
@@ -346,13 +348,14 @@ def _round_axis(ax: Axes, rounds: Sequence[Record], half: bool = True) -> None:
     ax.set_xlabel("Round, counted over the run")
 
 
-def _figure(inches: tuple[float, float]) -> Figure:
+def new_figure(inches: tuple[float, float]) -> Figure:
+    """Return an empty figure of this width and height."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=inches)
 
 
-def _svg(figure: Figure, name: str, alt: str) -> str:
+def svg(figure: Figure, name: str, alt: str) -> str:
     """Print a figure as an SVG element that may stand beside others in one page."""
     from html import escape
 

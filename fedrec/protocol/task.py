@@ -98,6 +98,9 @@ class EvaluateTask(_Settings):
     """Lengths of the recommended list."""
     replicates: int = Field(default=200, ge=0)
     """How many bootstrap replicates the intervals come from."""
+    known: Window | None = None
+    """Everything before its end is known when a question is asked, and nothing after it; None: everything before the
+    question."""
     n_known_items: int = Field(ge=0)
     """Items with this number or a higher one joined after training; they are reported apart."""
     sampled_negatives: int | None = Field(default=None, ge=1)

@@ -30,6 +30,7 @@ from fedrec.server.judge import (
     grown,
     initial,
     judge,
+    judge_life,
     judge_privately,
     local_only_contender,
     popularity_contender,
@@ -120,14 +121,15 @@ def _learn(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
     """Grow the model to the slice's catalogue, count, and train all rounds that are not done yet."""
     training = recipe.experiment.training
     stage = training.base if time_slice.index == 0 else training.later
-    roster = take_census(link, time_slice.train, recipe)
+    roster = take_census(link, time_slice.fit or time_slice.train, recipe)
     record = {"slice": time_slice.index, "rounds": stage.rounds, "clients": roster.n_clients, "done": state.round}
     desk.observe(Event("slice", record))
     if state.counted == time_slice.index:
-        state = _begin(state, link, time_slice, recipe, roster, desk)
+        counted = roster if time_slice.fit is None else take_census(link, time_slice.train, recipe)
+        state = _begin(state, link, time_slice, recipe, counted, desk)
     for number in range(state.round, stage.rounds):
         if set(link.nodes()) != {node for node, _, _ in roster.nodes}:
-            roster = take_census(link, time_slice.train, recipe)
+            roster = take_census(link, time_slice.fit or time_slice.train, recipe)
         state, record = run_round(state, link, recipe, time_slice, roster)
         desk.observe(Event("round", record))
         if recipe.guard is not None or (number + 1) % recipe.experiment.runtime.checkpoint_every == 0:
@@ -254,7 +256,11 @@ def _verdict(
     counts[: len(state.counts["counts"])] = state.counts["counts"]
     if recipe.guard is not None and private:
         return judge_privately(recipe.guard, contenders, time_slice, link, recipe, {"counts": counts})
-    return judge(contenders, time_slice, link, recipe, {"counts": counts})
+    verdict = judge(contenders, time_slice, link, recipe, {"counts": counts})
+    if time_slice.life:
+        life, down, up = judge_life(contenders["release"], time_slice, link, recipe, {"counts": counts})
+        verdict |= {"life": life, "bytes_down": verdict["bytes_down"] + down, "bytes_up": verdict["bytes_up"] + up}
+    return verdict
 
 
 def _publish(
@@ -298,6 +304,7 @@ def _publish(
         "epsilon": None if recipe.guard is None else recipe.guard.ledger.spent(),
         "rows": verdict["rows"],
         "differences": verdict["differences"],
+        "life": verdict.get("life", []),
     }
     moved = state.advanced(slice=time_slice.index + 1, round=0, releases=(*state.releases, record))
     if promoted or state.parent is None:
@@ -310,7 +317,7 @@ def worth_promoting(rows: Mapping[str, Any], settings: EvaluationConfig) -> bool
     """Return whether a release is no worse than its parent, beyond the margin, on the same test.
 
     Args:
-        rows: ``{"release": ..., "previous": ...}`` of the verdict; without "previous" there is nothing to be worse than.
+        rows: those of the verdict; without "previous" there is nothing to be worse than.
         settings: holds the margin.
     """
     name, margin = f"ndcg@{settings.ks[0]}", settings.promotion_margin

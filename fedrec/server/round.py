@@ -80,7 +80,7 @@ def run_round(
     began = recipe.clock()
     training = recipe.experiment.training
     key = round_key(recipe.experiment, time_slice.index, state.round)
-    task = FitTask(window=time_slice.train, local=training.local)
+    task = FitTask(window=time_slice.fit or time_slice.train, local=training.local)
     shapes = {name: (value.shape, value.dtype) for name, value in state.params.items()}
 
     def plan_for(slots: NDArray[np.int64]) -> RoundPlan:

@@ -275,7 +275,10 @@ def test_leave_one_out_on_validation_never_looks_at_the_last(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("margin", "own", "parent", "promoted"),
-    [(None, 0.1, 0.9, True), (0.1, 0.9, 1.0, True), (0.1, 0.89, 1.0, False), (0.0, 0.5, 0.5, True), (0.0, 0.4, 0.5, False)],
+    [
+        (None, 0.1, 0.9, True), (0.1, 0.9, 1.0, True), (0.1, 0.89, 1.0, False),
+        (0.0, 0.5, 0.5, True), (0.0, 0.4, 0.5, False),
+    ],
 )  # fmt: skip
 def test_a_release_is_promoted_unless_it_is_worse_than_its_parent_beyond_the_margin(
     margin: float | None, own: float, parent: float, promoted: bool
