@@ -133,6 +133,10 @@ class TrainingConfig(_Settings):
     server: Annotated[SgdConfig | AdamConfig, Field(discriminator="kind")] = AdamConfig()
     average: float = Field(default=0.0, ge=0, lt=1)
     """Release an exponential moving average of the parameters over the rounds, with this decay; 0: the last ones."""
+    anchor: float = Field(default=0.0, ge=0)
+    """In later slices, weight of an L2 pull towards the release that the slice began with, beside the clients' update."""
+    item_mean: float = Field(default=0.0, ge=0, lt=1)
+    """In later slices, the largest weight that an item's row of that release keeps after each round."""
     statistics: StatisticsConfig | None = None
     """Gather co-occurrence statistics before training; the spectral model needs them."""
     base: StageConfig = StageConfig(rounds=200, warmup=10, final=0.1)

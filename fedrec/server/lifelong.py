@@ -164,6 +164,7 @@ def _begin(
     return state.advanced(
         params=params,
         average={},
+        anchor=state.released if recipe.experiment.training.anchor or recipe.experiment.training.item_mean else {},
         memory=optimizer.grow_memory(state.memory, params),
         counts={"counts": total},
         counted=time_slice.index + 1,

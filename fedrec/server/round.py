@@ -13,6 +13,7 @@ from fedrec import params as named
 from fedrec.config import Experiment, PoissonCohort
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
 from fedrec.errors import FedrecError, MaskingError, PrivacyError, RunError, TallyRefused
+from fedrec.models.build import MODELS
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
@@ -20,6 +21,7 @@ from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import FitTask
 from fedrec.random import Key
 from fedrec.server import optimizer
+from fedrec.server.anchor import item_means, pulled
 from fedrec.server.gather import Gathered, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.private import private_gather
@@ -116,7 +118,10 @@ def run_round(
     if mean:
         norm = named.norm(mean)
         stage = training.base if time_slice.index == 0 else training.later
+        mean = pulled(mean, params, state.anchor, training.anchor)
         params, memory = optimizer.step(training.server, params, memory, mean, optimizer.speed(stage, state.round))
+        rows = MODELS[type(recipe.experiment.model)].row_names
+        params = item_means(params, state.anchor, training.item_mean, rows)
     average = optimizer.averaged(state.average, params, training.average, state.round)
     record = {
         "slice": time_slice.index,

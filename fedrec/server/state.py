@@ -13,7 +13,7 @@ from fedrec.errors import RunError
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
-_TENSORS = ("params", "average", "memory", "counts", "statistic")
+_TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class ServerState:
         memory: the server optimizer's state.
         counts: {"counts": [n_items] float32}, how many people took each item in the slices so far.
         statistic: the co-occurrence statistic of the slices so far, with its noise; empty if the experiment wants none.
+        anchor: the parameters that the slice began with, if training holds on to them; empty in the first slice.
         overhead: what counting and evaluating cost in this slice: "seconds", "bytes_down", "bytes_up".
         parent: version of the last release.
         rounds: a record of every round.
@@ -49,6 +50,7 @@ class ServerState:
     memory: Params = field(default_factory=dict)
     counts: Params = field(default_factory=dict)
     statistic: Params = field(default_factory=dict)
+    anchor: Params = field(default_factory=dict)
     overhead: Mapping[str, float] = field(default_factory=dict)
     parent: int | None = None
     rounds: tuple[dict[str, Any], ...] = ()
