@@ -134,7 +134,7 @@ class TrainingConfig(_Settings):
     average: float = Field(default=0.0, ge=0, lt=1)
     """Release an exponential moving average of the parameters over the rounds, with this decay; 0: the last ones."""
     anchor: float = Field(default=0.0, ge=0)
-    """In later slices, weight of an L2 pull towards the release that the slice began with, beside the clients' update."""
+    """In later slices, weight of an L2 pull towards the release that the slice began with, beside the clients' part."""
     item_mean: float = Field(default=0.0, ge=0, lt=1)
     """In later slices, the largest weight that an item's row of that release keeps after each round."""
     statistics: StatisticsConfig | None = None

@@ -208,6 +208,8 @@ def _other(key: str, old: Any) -> Any:
         return [*old, 50]
     if old is None:
         return 7
+    if isinstance(old, bool):
+        return not old
     return old + 1 if isinstance(old, int) else old / 2 + 0.01
 
 
