@@ -5,7 +5,7 @@ in a block are cut into training, validation and test; what is tested is never t
 history either. For that the log is laid out anew: block by block the training and validation interactions, in their
 own order, then the tests of all blocks. Times only say which block and part a row belongs to.
 
-Source: the cuts are those of Lim et al., CIKM 2025 (F3CRec), section 5.1; unlike theirs, every block is cut by order.
+Source: blocks as in Lim et al., CIKM 2025 (F3CRec); unlike theirs, what is known is masked over all blocks.
 """
 
 from __future__ import annotations
