@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import ClientPool, LogPool
 from fedrec.client.secure import SecureNode
 from fedrec.config import Experiment
@@ -73,17 +75,21 @@ def simulated_pool(context: Context) -> LogPool:
     partition, n_partitions = context.node_config.get("partition-id"), context.node_config.get("num-partitions")
     if not isinstance(partition, int) or not isinstance(n_partitions, int):
         raise RunError("This node has no partition-id and num-partitions; start it from a Flower simulation.")
-    return _partition(str(context.run_config["experiment"]), partition, n_partitions)
+    return _partition(
+        str(context.run_config["experiment"]), partition, n_partitions, str(context.run_config.get("out", "runs"))
+    )
 
 
 @lru_cache(maxsize=64)
-def _partition(experiment: str, partition: int, n_partitions: int) -> LogPool:
+def _partition(experiment: str, partition: int, n_partitions: int, out: str) -> LogPool:
     import torch
 
     settings = Experiment.find(experiment)
     torch.set_num_threads(settings.runtime.threads)
     dataset = load_dataset(settings.data.source)
-    return LogPool.partition(dataset.log, dataset.catalog, partition, n_partitions, settings.runtime.engine)
+    # Processes come and go, so ledgers lie on disk; they outlive a run, as a person's budget does.
+    budget = LocalBudget.of(settings.privacy, Path(out) / settings.name / "ledgers")
+    return LogPool.partition(dataset.log, dataset.catalog, partition, n_partitions, settings.runtime.engine, budget)
 
 
 app = client_app(simulated_pool)

@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedrec.client.budget import LocalBudget
 from fedrec.client.statistics import cooccurrence
 from fedrec.data.batches import Cohort
 from fedrec.data.catalog import ItemCatalog
@@ -51,6 +52,7 @@ class LogPool:
         catalog: the public catalogue that the item numbers refer to.
         ids: [n_users] numbers that name the clients in random streams, whatever node hosts them.
         engine: "batched" trains blocks of clients in one computation, "each" one client after the other.
+        budget: what the clients insist on and have spent in mode "local"; None: they trust whoever asks.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class LogPool:
         ids: NDArray[np.int64] | None = None,
         engine: Engine = "batched",
         block: int | None = None,
+        budget: LocalBudget | None = None,
     ) -> None:
         """Host everybody in `log`; `block` clients are computed at once, as many as suit the cache if not given."""
         self.name = name
@@ -70,17 +73,24 @@ class LogPool:
         self.ids = np.arange(log.n_users, dtype=np.int64) if ids is None else ids
         self.engine: Engine = engine
         self.block = block
+        self.budget = budget
         self._catalog_digest = catalog.digest()
         self._windows: dict[TimeWindow | LastWindow, Cohort] = {}
 
     @classmethod
     def partition(
-        cls, log: InteractionLog, catalog: ItemCatalog, index: int, n_partitions: int, engine: Engine = "batched"
+        cls,
+        log: InteractionLog,
+        catalog: ItemCatalog,
+        index: int,
+        n_partitions: int,
+        engine: Engine = "batched",
+        budget: LocalBudget | None = None,
     ) -> LogPool:
         """Host every `n_partitions`-th person of the log, starting with number `index`."""
         users = np.arange(index, log.n_users, n_partitions, dtype=np.int64)
         own = log if n_partitions == 1 else log.take_users(users)  # a log of everybody is used as it is, mapped or not
-        return cls(own, catalog, name=f"partition {index:06d}", ids=users, engine=engine)
+        return cls(own, catalog, name=f"partition {index:06d}", ids=users, engine=engine, budget=budget)
 
     def census(self, window: TimeWindow | LastWindow, catalog_digest: str) -> int:
         """Return how many clients have an interaction in the window.
@@ -95,9 +105,17 @@ class LogPool:
         """Let the planned clients do the task, and add up what they contribute.
 
         Raises:
-            ProtocolError: the plan names clients or a catalogue that are not here.
+            ProtocolError: the plan names clients or a catalogue that are not here, or asks for noise of clients that
+                keep no ledger.
+            PrivacyError: the clients insist on noise that the plan does not ask for.
         """
         self._check_catalog(plan.catalog_digest)
+        if self.budget is not None:
+            self.budget.check(plan)
+        elif isinstance(plan.task, FitTask | CountTask) and plan.task.private is not None:
+            raise ProtocolError(
+                "The plan asks clients to add noise of their own, but these keep no ledger to pay from."
+            )
         cohort = self._eligible(plan.task.window)
         if len(plan.slots) and not 0 <= int(plan.slots.min()) <= int(plan.slots.max()) < len(cohort):
             raise ProtocolError(
@@ -105,11 +123,17 @@ class LogPool:
                 "ones here; take the census again."
             )
         chosen = cohort.take(plan.slots)
+        if isinstance(plan.task, FitTask) and plan.task.turn is not None:
+            chosen = chosen.take(plan.task.turn.taken(chosen.ids))
         if not len(chosen):
             return Tally({}, 0, {})
         if isinstance(plan.task, FitTask):
             return self._fit(plan, plan.task, chosen)
         if isinstance(plan.task, CountTask):
+            if self.budget is not None and plan.task.private is not None:
+                from fedrec.client.local import count_locally
+
+                return count_locally(plan, plan.task, plan.task.private, chosen, self.budget)
             return count(plan.task, chosen, plan.n_items)
         if isinstance(plan.task, CooccurrenceTask):
             return cooccurrence(plan.task, chosen, plan.n_items, plan.inputs.get("features"))
@@ -145,8 +169,12 @@ class LogPool:
         from fedrec.client.vectorised import train_batched
         from fedrec.models.build import restore
 
-        model = restore(plan.model, plan.n_items, plan.params)
         train = train_batched if self.engine == "batched" else train_each
+        if self.budget is not None and task.private is not None:
+            from fedrec.client.local import fit_locally
+
+            return fit_locally(plan, task, task.private, cohort, self.budget, train)
+        model = restore(plan.model, plan.n_items, plan.params)
         totals = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
         n_clients, loss, n_clipped = 0, 0.0, 0
         for part in _by_length(cohort, self.block or cache_block(model, task.local.steps)):

@@ -19,6 +19,9 @@ Tensors = dict[str, Tensor]
 CACHE_BYTES = 10 << 20
 """What the clients of a block may hold of the model together; measured, see docs/performance.md."""
 
+PIECE_BYTES = 1 << 20
+"""Of what is only passed on: memory that is written and read again at once should be in the cache still."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -55,11 +58,12 @@ class Trained:
                 flat = flat.masked_fill(out[:, None], 0.0)
             totals[name] += (weight @ flat).view(part.shape[1:])
         for name, part in self.sparse.items():
-            each = (-1, *[1] * (part.dim() - 1))
-            weighted = part * weight.view(each)
-            if out.any():
-                weighted = weighted.masked_fill(out.view(each), 0.0)
-            totals[name].index_add_(0, self.rows.flatten(), weighted.flatten(0, 1))
+            for values, rows, w, gone in zip(*in_cache(part, self.rows, weight, out), strict=True):
+                each = (-1, *[1] * (part.dim() - 1))
+                weighted = values * w.view(each)
+                if gone.any():
+                    weighted.masked_fill_(gone.view(each), 0.0)
+                totals[name].index_add_(0, rows.flatten(), weighted.flatten(0, 1))
 
     def client_params(self, shared: Tensors, place: int) -> Tensors:
         """Return the whole parameters that one client ended with."""
@@ -69,6 +73,12 @@ class Trained:
         for name, part in self.sparse.items():
             own[name].index_add_(0, self.rows[place], part[place] * self.scale)
         return own
+
+
+def in_cache(*parts: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut tensors [c, ...] along their first axis, so that a piece of the first one is about `PIECE_BYTES`."""
+    n = max(1, PIECE_BYTES * len(parts[0]) // max(1, parts[0].nbytes))
+    return [part.split(n) for part in parts]
 
 
 def cache_block(model: Recommender, steps: int) -> int:

@@ -19,12 +19,14 @@ from typing import IO, Any
 
 import numpy as np
 
+from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import Engine, LogPool
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.log import InteractionLog
 from fedrec.data.slices import LastWindow, TimeWindow
-from fedrec.errors import FedrecError, ProtocolError, RunError
+from fedrec.errors import FedrecError, PrivacyError, ProtocolError, RunError
 from fedrec.params import Accumulator
+from fedrec.privacy.settings import LocalPrivacy
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
 
@@ -48,9 +50,12 @@ class WorkerPool:
         index: int = 0,
         n_partitions: int = 1,
         engine: Engine = "batched",
+        budget: LocalBudget | None = None,
     ) -> None:
         """Start the workers; they host every `n_partitions`-th person of the log, starting with number `index`."""
-        self._pool = LogPool.partition(log, catalog, index, n_partitions, engine)
+        if budget is not None and budget.folder is None:
+            raise PrivacyError("Several processes can keep clients' ledgers in a folder only, not in memory.")
+        self._pool = LogPool.partition(log, catalog, index, n_partitions, engine, budget)
         self._folder = Path(tempfile.mkdtemp(prefix="fedrec-", dir=MEMORY if MEMORY.is_dir() else None))
         try:
             catalog.save(self._folder)
@@ -59,6 +64,8 @@ class WorkerPool:
                 "log": str(_mapped(self._pool.log, self._folder / "log")),
                 "name": self._pool.name,
                 "engine": engine,
+                "privacy": None if budget is None else budget.settings.model_dump(mode="json"),
+                "ledgers": None if budget is None else str(budget.folder),
             }
             np.save(self._folder / "ids.npy", self._pool.ids, allow_pickle=False)
             self._workers = [_Worker(number, setup) for number in range(n_workers)]
@@ -181,6 +188,7 @@ def work(commands: IO[bytes], answers: IO[bytes]) -> None:
         name=setup["name"],
         ids=np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False),
         engine=setup["engine"],
+        budget=_budget(setup),
     )
     for _ in iter(commands.readline, b""):
         error = ""
@@ -191,6 +199,12 @@ def work(commands: IO[bytes], answers: IO[bytes]) -> None:
             error = str(refusal)
         answers.write((json.dumps({"error": error}) + "\n").encode())
         answers.flush()
+
+
+def _budget(setup: dict[str, Any]) -> LocalBudget | None:
+    if setup["privacy"] is None:
+        return None
+    return LocalBudget(LocalPrivacy.model_validate(setup["privacy"]), Path(setup["ledgers"]))
 
 
 if __name__ == "__main__":

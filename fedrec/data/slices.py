@@ -7,7 +7,8 @@ user's history; everything before `low` is what the person already knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -95,6 +96,7 @@ class TimeSlice:
         known: while testing, everything up to its end is known, whatever is tested; None: all before each question.
         fit: what the rounds train on, if not `train`; popularity and statistics are counted over `train` either way.
         life: the test windows of all slices, to measure what is retained; empty where nothing is held back for that.
+        validation: interactions between `train` and `test`, for choices; None: none are kept.
     """
 
     index: int
@@ -105,6 +107,7 @@ class TimeSlice:
     known: TimeWindow | LastWindow | None = None
     fit: TimeWindow | LastWindow | None = None
     life: tuple[TimeWindow, ...] = ()
+    validation: TimeWindow | LastWindow | None = None
 
     @property
     def new_items(self) -> range:
@@ -160,3 +163,25 @@ def leave_one_out(catalog: ItemCatalog, test: Literal["test", "validation"] = "t
     """
     window = LastWindow(skip=0 if test == "test" else 1, take=1)
     return (TimeSlice(0, LastWindow(skip=2), window, len(catalog), len(catalog)),)
+
+
+def with_validation(slices: Sequence[TimeSlice], share: float) -> tuple[TimeSlice, ...]:
+    """Keep the end of each training window for choices; where time goes on, the next slice trains on it.
+
+    Args:
+        slices: as cut.
+        share: of a window of time that is kept; of histories, one more interaction is.
+    """
+    found: list[TimeSlice] = []
+    for one in slices:
+        if isinstance(one.train, TimeWindow):
+            before = found[-1].validation if found else None
+            start = before.start if isinstance(before, TimeWindow) else one.train.start
+            cut = max(start + 1, one.train.end - max(1, round(share * (one.train.end - one.train.start))))
+            train: TimeWindow | LastWindow = TimeWindow(start=start, end=cut)
+            kept: TimeWindow | LastWindow = TimeWindow(start=cut, end=one.train.end)
+        else:
+            tested = one.test.skip if isinstance(one.test, LastWindow) else 0
+            train, kept = LastWindow(skip=tested + 2), LastWindow(skip=tested + 1, take=1)
+        found.append(replace(one, train=train, validation=kept))
+    return tuple(found)

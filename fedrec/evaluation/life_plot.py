@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedrec.evaluation.continual import matrix, measure
-from fedrec.evaluation.plots import Plot, new_figure, svg
+from fedrec.evaluation.plots import Plot, new_figure, to_svg
 from fedrec.evaluation.words import Record, metric_name, pick_metric, score
 
 
@@ -36,4 +36,4 @@ def life_plot(releases: Sequence[Record]) -> Plot | None:
         f"it is learnt a slice is served at {score(life.forward)}."
     )
     caption = f"{metric_name(metric)} of each release on what every slice held back. {words}"
-    return Plot("life", "What is learnt and what is retained", caption, svg(figure, "life", caption))
+    return Plot("life", "What is learnt and what is retained", caption, to_svg(figure, "life", caption))

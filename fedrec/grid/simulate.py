@@ -10,6 +10,7 @@ from typing import Any
 from flwr.app import Context
 
 from fedrec.client.app import client_app
+from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import ClientPool, LogPool
 from fedrec.client.workers import WorkerPool
 from fedrec.config import Experiment
@@ -21,6 +22,7 @@ from fedrec.server.lifelong import Observer
 from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, check, run_experiment
 
+LEDGERS = "ledgers"
 DEFAULT_RUNS, DEFAULT_REGISTRY = Path("runs"), Path("runs/registry")
 
 
@@ -65,19 +67,27 @@ def simulate(
         documents.append(run_experiment(experiment, data, link, chosen, store, command=command, observe=observe))
 
     with ExitStack() as stack:
-        pools = [_pool(experiment, data, index, stack) for index in range(experiment.runtime.nodes)]
+        pools = [
+            _pool(experiment, data, index, chosen.path / LEDGERS, stack) for index in range(experiment.runtime.nodes)
+        ]
         app = client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1])
         grid = InProcessGrid(app, [{}] * len(pools), {})
         server_app(main)(grid, grid.server_context())
     return documents[0], chosen.path
 
 
-def _pool(experiment: Experiment, data: Dataset, index: int, stack: ExitStack) -> ClientPool:
+def _pool(experiment: Experiment, data: Dataset, index: int, ledgers: Path, stack: ExitStack) -> ClientPool:
     """Return the pool of one node; its worker processes, if any, end with the stack."""
-    runtime = experiment.runtime
+    runtime, budget = experiment.runtime, LocalBudget.of(experiment.privacy, ledgers)
     if runtime.workers == 1:
-        return LogPool.partition(data.log, data.catalog, index, runtime.nodes, runtime.engine)
+        return LogPool.partition(data.log, data.catalog, index, runtime.nodes, runtime.engine, budget)
     pool = WorkerPool(
-        data.log, data.catalog, runtime.workers, index=index, n_partitions=runtime.nodes, engine=runtime.engine
+        data.log,
+        data.catalog,
+        runtime.workers,
+        index=index,
+        n_partitions=runtime.nodes,
+        engine=runtime.engine,
+        budget=budget,
     )
     return stack.enter_context(pool)

@@ -102,10 +102,26 @@ class TransformerConfig(_Settings):
     """The training loss."""
 
 
+class BlendConfig(_Settings):
+    """A spectral model as prior, and a fitted one that is added to it only as far as validation says that it helps."""
+
+    kind: Literal["blend"] = "blend"
+    prior: SpectralConfig = SpectralConfig()
+    """What is made from the statistic."""
+    fitted: Annotated[FactorisationConfig | TransformerConfig, Field(discriminator="kind")] = TransformerConfig()
+    """What is trained in rounds."""
+    start: Literal["prior", "fresh"] = "prior"
+    """Where its item vectors start: from the prior's geometry, or at random."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
+    """Weights of the fitted scores that validation tries beside 0, the prior alone; both have spread 1."""
+
+
 ModelConfig = Annotated[
-    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig,
+    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig,
     Field(discriminator="kind"),
 ]
-TrainedConfig = Annotated[SpectralConfig | FactorisationConfig | TransformerConfig, Field(discriminator="kind")]
+TrainedConfig = Annotated[
+    SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig, Field(discriminator="kind")
+]
 """Models that an experiment may release; popularity comes from counts and is always a row beside them."""
-AnyModelConfig = PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig
+AnyModelConfig = PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig

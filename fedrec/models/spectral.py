@@ -48,7 +48,7 @@ class Spectral(Recommender):
         age = mask.flip(1).cumsum(1).flip(1) - 1
         weight = torch.where(mask, self.settings.decay ** age.float(), 0.0)
         parts = (
-            _standard(torch.einsum("bl,bld->bd", weight, table[items]), spread) * factor
+            standard(torch.einsum("bl,bld->bd", weight, table[items]), spread) * factor
             for table, spread, factor in zip(
                 (self.items, self.features),
                 (self.item_spread, self.feature_spread),
@@ -93,7 +93,7 @@ class Spectral(Recommender):
         return self._rows
 
 
-def _standard(users: Float[Tensor, "b d"], covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d"]:
+def standard(users: Float[Tensor, "b d"], covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d"]:
     """Return user vectors whose scores have spread 1 over the items; a vector of zeros stays one."""
     variance = ((users @ covariance) * users).sum(1, keepdim=True)
     return users * torch.where(variance > 0, variance.clamp(min=1e-30).rsqrt(), 0.0)

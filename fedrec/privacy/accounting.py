@@ -135,6 +135,7 @@ def _analytic(noise: float, delta: float) -> float:
     return float(brentq(excess, 0.0, 0.5 / noise**2 + 40.0 / noise, xtol=1e-12, rtol=1e-12)) * (1 + 1e-9)
 
 
+@lru_cache(maxsize=4096)
 def _pld(counts: tuple[tuple[_Key, int], ...], delta: float) -> float:
     composed: Any = None
     for key, n in counts:
@@ -159,6 +160,7 @@ def _single(key: _Key) -> Any:
     )
 
 
+@lru_cache(maxsize=4096)
 def _rdp(counts: tuple[tuple[_Key, int], ...], delta: float) -> float:
     from dp_accounting import NeighboringRelation, dp_event
     from dp_accounting.rdp import RdpAccountant

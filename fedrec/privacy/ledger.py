@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedrec.errors import BudgetExhausted, PrivacyError
 from fedrec.privacy.accounting import check_epsilon, epsilon
-from fedrec.privacy.events import AnyEvent, Event, GaussianEvent
+from fedrec.privacy.events import AnyEvent, Event, GaussianEvent, MatrixEvent
 from fedrec.random import Key
 
 VERSION = 1
+USER, ADD_OR_REMOVE = "user", "add or remove one person"
 _START = "0" * 64
 _ROUNDING = 1e-9
 STRIDES = (256, 32, 4, 1)
@@ -47,12 +48,12 @@ class Entry(BaseModel):
 class Charge:
     """A receipt: made by `PrivacyLedger.charge` alone, good for one release of the event that it names."""
 
-    def __init__(self, entry: Entry, _made_by: object) -> None:
-        """Only the ledger makes receipts."""
+    def __init__(self, entry: Entry, _made_by: object, used: int = 0) -> None:
+        """Only the ledger makes receipts; `used` of the releases were taken before."""
         if _made_by is not _LEDGER:
             raise PrivacyError("A charge is made by PrivacyLedger.charge, which writes it down first.")
         self.entry = entry
-        self._used = 0
+        self._used = used
 
     def key(self, root: Key) -> Key:
         """Return the key of this charge's noise and cohort: another one for every attempt, so nothing is reused."""
@@ -90,23 +91,34 @@ class PrivacyLedger:
     for it, and it is cut off.
     """
 
-    def __init__(self, path: Path | None, *, epsilon: float | None, delta: float) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        epsilon: float | None,
+        delta: float,
+        unit: str = USER,
+        adjacency: str = ADD_OR_REMOVE,
+    ) -> None:
         """Open the ledger, or start it.
 
         Args:
             path: the file; None keeps it in memory, for tests and benchmarks.
             epsilon: the budget; None: no limit, only a record.
             delta: probability that the guarantee may fail with.
+            unit: what is protected.
+            adjacency: what two worlds that must look alike differ in.
 
         Raises:
-            PrivacyError: the budget or delta makes no sense or is not the one that the file was started with, the file
-                is damaged, or another process has it open.
+            PrivacyError: the budget or delta makes no sense, they or the unit are not what the file was started with,
+                the file is damaged, or another process has it open.
         """
         if epsilon is not None:
             check_epsilon(epsilon)
         if not 0 < delta < 1:
             raise PrivacyError(f"delta must lie between 0 and 1, not {delta:g}.")
         self.budget, self.delta = epsilon, delta
+        self.unit, self.adjacency = unit, adjacency
         self._entries: list[Entry] = []
         self._attempts: dict[str, int] = {}
         self._room: dict[AnyEvent, int] = {}
@@ -132,7 +144,13 @@ class PrivacyLedger:
         header, entries, _ = _parse(path.read_bytes(), path)
         if header is None:
             raise PrivacyError(f"'{path}' is no privacy ledger.")
-        found = cls(None, epsilon=header["epsilon"], delta=header["delta"])
+        found = cls(
+            None,
+            epsilon=header["epsilon"],
+            delta=header["delta"],
+            unit=header["unit"],
+            adjacency=header["adjacency"],
+        )
         found._path = path
         found._entries = entries
         return found
@@ -169,6 +187,29 @@ class PrivacyLedger:
         for other in [known for known in self._room if known != event]:
             del self._room[other]
         return Charge(entry, _LEDGER)
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a ledger in memory."""
+        return self._path
+
+    def last(self, name: str) -> Entry | None:
+        """Return the newest charge of this name, None if there is none."""
+        return next((entry for entry in reversed(self._entries) if entry.name == name), None)
+
+    def reopened(self, entry: Entry, used: int) -> Charge:
+        """Return the receipt of a stage of correlated noise that a process left which died.
+
+        Args:
+            entry: the charge, as the ledger holds it.
+            used: rounds of it that may have been released.
+
+        Raises:
+            PrivacyError: the ledger does not hold it, or it paid for anything but a stage.
+        """
+        if not isinstance(entry.event, MatrixEvent) or entry not in self._entries:
+            raise PrivacyError(f"'{entry.name}' is no stage that this ledger paid for; a retry pays again.")
+        return Charge(entry, _LEDGER, used)
 
     def entries(self) -> tuple[Entry, ...]:
         """Return every charge, oldest first."""
@@ -234,7 +275,7 @@ class PrivacyLedger:
         header, entries, sound = _parse(path.read_bytes(), path)
         if header is None:
             self._truncate(0)
-            self._append({"fedrec-ledger": VERSION, "unit": "user", "adjacency": "add or remove one person",
+            self._append({"fedrec-ledger": VERSION, "unit": self.unit, "adjacency": self.adjacency,
                           "epsilon": self.budget, "delta": self.delta})  # fmt: skip
             _sync_folder(path.parent)
             return
@@ -242,6 +283,11 @@ class PrivacyLedger:
             raise PrivacyError(
                 f"The ledger '{path}' was started with epsilon {header['epsilon']} and delta {header['delta']}, not "
                 f"{self.budget} and {self.delta}; a budget cannot be changed while it is being spent."
+            )
+        if (header["unit"], header["adjacency"]) != (self.unit, self.adjacency):
+            raise PrivacyError(
+                f"The ledger '{path}' protects the unit '{header['unit']}' ({header['adjacency']}), not '{self.unit}' "
+                f"({self.adjacency}); what was promised cannot be changed while it is being spent."
             )
         self._truncate(sound)
         self._entries = entries

@@ -52,6 +52,39 @@ class SecureSum(_Settings):
         return self
 
 
+class IndependentNoise(_Settings):
+    """Fresh noise in every round; the guarantee rests on Poisson sampling."""
+
+    kind: Literal["independent"] = "independent"
+
+
+class BandedNoise(_Settings):
+    """Noise that is correlated over rounds, so that it cancels in their sum, and that needs no sampling.
+
+    Cohorts take turns. All rounds of a slice are one release, and `privacy.fit` is the noise multiplier of all of it.
+    """
+
+    kind: Literal["banded"] = "banded"
+    band: int = Field(default=8, ge=1)
+    """Over how many rounds noise is correlated, at most `training.cohort.groups`; the server keeps so many copies of
+    the parameters, less one, in 64 bits. 1 is independent noise without sampling."""
+
+
+class AdaptiveClipping(_Settings):
+    """The clip norm of training follows a quantile of the lengths of people's updates, learnt from a noised count.
+
+    `training.local.clip_norm` is the first one.
+    """
+
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    """Share of people whose updates should be within the clip norm."""
+    learning_rate: float = Field(default=0.2, gt=0)
+    """How fast the clip norm moves: by at most this factor's exponential in a round."""
+    count_noise: float | None = Field(default=None, gt=0)
+    """Standard deviation of the noise of the count, in people; above half of `privacy.fit` times its scale. None: a
+    twentieth of the expected cohort, or the noise multiplier if that is more."""
+
+
 class UserLevelPrivacy(_Settings):
     """What both modes share in which the sum over people gets noise.
 
@@ -94,6 +127,11 @@ class CentralPrivacy(UserLevelPrivacy):
 
     mode: Literal["central"] = "central"
 
+    fit_noise: Annotated[IndependentNoise | BandedNoise, Field(discriminator="kind")] = IndependentNoise()
+    """How the noise of rounds of training is drawn."""
+    adaptive: AdaptiveClipping | None = None
+    """Learn the clip norm of training; None: it stays what `training.local.clip_norm` says."""
+
 
 class DistributedPrivacy(UserLevelPrivacy):
     """The server sees masked sums alone, in which every client's share of the noise already is."""
@@ -107,4 +145,77 @@ class DistributedPrivacy(UserLevelPrivacy):
     who is in it; "readers" of releases do not know, so sampling amplifies; against the server it is then weaker."""
 
 
-Privacy = Annotated[NoPrivacy | CentralPrivacy | DistributedPrivacy, Field(discriminator="mode")]
+class WindowUnit(_Settings):
+    """DP-SGD on the device: each window of successive interactions is an example with a clip of its own.
+
+    Unit: one window of one person. Adjacency: add or remove one window. A whole history holds many windows and is
+    protected far less.
+    """
+
+    kind: Literal["window"] = "window"
+
+    length: int = Field(default=10, ge=1)
+    """How many successive interactions a window holds; windows do not overlap and see nothing of each other."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """L2 bound of one window's gradient."""
+    sampling: float = Field(default=0.5, gt=0, le=1)
+    """Probability with which each window takes part in a local step."""
+
+
+class UserUnit(_Settings):
+    """Noise on the device: the whole update, clipped to `training.local.clip_norm`, gets noise before it is sent.
+
+    Unit: the user. Adjacency: replace one person's whole history by any other, so noise covers twice the clip norm.
+    """
+
+    kind: Literal["user"] = "user"
+
+
+LocalUnit = Annotated[WindowUnit | UserUnit, Field(discriminator="kind")]
+
+
+class LocalPrivacy(_Settings):
+    """Nobody is trusted: whatever a client trains or counts is private before it leaves the client.
+
+    Each client keeps a ledger of its own and takes no further part once its budget is spent.
+    """
+
+    mode: Literal["local"] = "local"
+
+    epsilon: float = Field(gt=0)
+    """Budget of each client over its whole life, kept by the client's own ledger."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """Probability that the guarantee may fail with."""
+    unit: LocalUnit = UserUnit()
+    """What is protected."""
+    participations: int = Field(default=10, ge=1)
+    """In how many rounds of training a client can take part until its budget is spent, if noise is calibrated."""
+    noise: Literal["system", "seed"] = "system"
+    """"system" draws noise and windows from the operating system's generator; "seed" from the experiment's seed, which
+    makes a simulation repeatable and protects nobody."""
+    calibrate: bool = True
+    """Scale both multipliers below by one factor, so that the planned life of a client spends exactly `epsilon`."""
+    fit: float = Field(default=1.0, gt=0)
+    """Noise multiplier of a local step (unit "window") or an update (unit "user"): the noise's standard deviation over
+    what one unit can change."""
+    count: float = Field(default=10.0, gt=0)
+    """Noise multiplier of a client's popularity counts of a slice; always at user level."""
+    count_clip: float = Field(default=4.0, gt=0)
+    """L2 bound of one client's counts."""
+    metrics: Literal["research"]
+    """Must be written down: metrics are exact and outside the guarantee, for a simulation on data that is public."""
+
+
+class LocalNoise(_Settings):
+    """What a plan asks a client to do before anything leaves it; the client's own ledger decides whether it does."""
+
+    unit: LocalUnit
+    """What is protected."""
+    noise_multiplier: float = Field(gt=0)
+    """Standard deviation of the noise over what one unit can change."""
+    noise: Literal["system", "seed"] = "system"
+    """Where the client takes its noise from; "seed" only in simulations, for it protects nobody."""
+
+
+Privacy = Annotated[NoPrivacy | CentralPrivacy | DistributedPrivacy | LocalPrivacy, Field(discriminator="mode")]
+AnyPrivacy = NoPrivacy | CentralPrivacy | DistributedPrivacy | LocalPrivacy

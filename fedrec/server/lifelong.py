@@ -15,14 +15,18 @@ from fedrec.config import EvaluationConfig, Experiment, StatisticsConfig
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.features import item_features
 from fedrec.data.slices import TimeSlice
-from fedrec.models.configs import PopularityConfig, SpectralConfig
+from fedrec.models.blend import started
+from fedrec.models.build import trained
+from fedrec.models.configs import BlendConfig, PopularityConfig, SpectralConfig
 from fedrec.params import Params
+from fedrec.privacy.settings import LocalPrivacy
 from fedrec.protocol.codec import Plain
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
+from fedrec.server.adopt import adopted, release_of
 from fedrec.server.gather import Gathered, Roster, gather
 from fedrec.server.guard import Guard, statement
 from fedrec.server.judge import (
@@ -35,6 +39,7 @@ from fedrec.server.judge import (
     local_only_contender,
     popularity_contender,
 )
+from fedrec.server.local import local_statement
 from fedrec.server.private import private_gather
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
@@ -55,6 +60,8 @@ def privacy(experiment: Experiment, guard: Guard | None = None) -> dict[str, Any
     """Return the privacy statement of an experiment: what is protected, what was spent, what the codec gives away."""
     if guard is not None:
         return statement(guard)
+    if isinstance(experiment.privacy, LocalPrivacy):
+        return local_statement(experiment.privacy)
     codec = experiment.training.codec
     if isinstance(codec, Plain):
         return dict(PRIVACY)
@@ -109,6 +116,8 @@ def run_stream(
         state = _learn(state, link, time_slice, recipe, desk)
         desk.observe(Event("evaluate", {"slice": time_slice.index}))
         began = recipe.clock()
+        if isinstance(recipe.experiment.model, BlendConfig):
+            state = adopted(state, recipe.experiment.model, time_slice, link, recipe)
         verdict = _verdict(state, link, time_slice, recipe, desk.registry)
         verdict["seconds"] = round(recipe.clock() - began, 3)
         state, release = _publish(state, time_slice, verdict, recipe, desk)
@@ -141,7 +150,7 @@ def _begin(
     state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster, desk: Desk
 ) -> ServerState:
     """Make room for new items and add the slice's popularity counts."""
-    model, began = recipe.experiment.model, recipe.clock()
+    model, began = trained(recipe.experiment.model), recipe.clock()
     params = (
         grown(model, state.released, time_slice.n_items, recipe)
         if state.params
@@ -154,17 +163,17 @@ def _begin(
     total += counted.sums.get("counts", 0.0)
     spent = counted
     if recipe.experiment.training.statistics is not None:
-        statistic, params, gathered = _statistic(state, link, time_slice, recipe, roster, desk, params)
+        statistic, prior, params, gathered = _statistic(state, link, time_slice, recipe, roster, desk, params)
         spent = replace(
             counted,
             bytes_down=counted.bytes_down + gathered.bytes_down,
             bytes_up=counted.bytes_up + gathered.bytes_up,
         )
-        state = state.advanced(statistic=statistic)
+        state = state.advanced(statistic=statistic, prior=prior, adoption={})
     return state.advanced(
         params=params,
         average={},
-        anchor=state.released if recipe.experiment.training.anchor or recipe.experiment.training.item_mean else {},
+        anchor=state.released if _holds_on(recipe.experiment) else {},
         memory=optimizer.grow_memory(state.memory, params),
         counts={"counts": total},
         counted=time_slice.index + 1,
@@ -185,8 +194,12 @@ def _statistic(
     roster: Roster,
     desk: Desk,
     params: Params,
-) -> tuple[Params, Params, Gathered]:
-    """Gather the slice's statistic, add it to the ones before, and make the spectral model from all of it."""
+) -> tuple[Params, Params, Params, Gathered]:
+    """Gather the slice's statistic, add it to the ones before, and make the spectral model from all of it.
+
+    Returns:
+        the statistic of all slices so far; the parameters of a blend's prior; those that rounds train; what was asked.
+    """
     settings = recipe.experiment.training.statistics or StatisticsConfig()
     n_items = time_slice.n_items
     task = settings.task(time_slice.train)
@@ -218,22 +231,31 @@ def _statistic(
     model = recipe.experiment.model
     if isinstance(model, SpectralConfig) and total:
         params = spectral_params(total, model, features, n_items)
-    return total, params, got
+    prior: Params = {}
+    if isinstance(model, BlendConfig):
+        empty = {"counts": np.zeros(n_items, np.float32)}
+        prior = spectral_params(total or empty, model.prior, features, n_items)
+        if not state.params and model.start == "prior":
+            params = started(prior, params, model)
+    return total, prior, params, got
 
 
 def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> Gathered:
     key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "count")
     shapes = {"counts": ((time_slice.n_items,), np.dtype(np.float32))}
-    guard, timeout = recipe.guard, recipe.experiment.training.timeout_seconds
-    bound = None if guard is None else guard.settings.count_clip
+    guard, mode, timeout = recipe.guard, recipe.local, recipe.experiment.training.timeout_seconds
+    clip = None if guard is None else guard.settings.count_clip
+    bound, noise = None, None
+    if mode is not None:
+        clip, bound, noise = mode.settings.count_clip, mode.count_bound(time_slice.n_items), mode.count
 
     def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
-        task, n_items = CountTask(window=time_slice.train, clip_norm=bound), time_slice.n_items
+        task, n_items = CountTask(window=time_slice.train, clip_norm=clip, private=noise), time_slice.n_items
         return RoundPlan(time_slice.index, 0, task, PopularityConfig(), n_items, {}, key, recipe.catalog_digest, slots)
 
     if guard is None:
         everybody = np.arange(roster.n_clients, dtype=np.int64)
-        return gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n), timeout)
+        return gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n, bound), timeout)
     name = f"slice {time_slice.index}: popularity counts"
     mechanism = guard.mechanism(guard.settings.count, guard.settings.count_clip)
     return private_gather(guard, name, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout)
@@ -244,7 +266,7 @@ def _verdict(
 ) -> dict[str, Any]:
     """Evaluate the new release beside the previous one, popularity and local-only."""
     model = recipe.experiment.model
-    contenders = {"release": Contender(model, state.released)}
+    contenders = {"release": Contender(model, release_of(state, model))}
     private = recipe.guard is not None and recipe.guard.settings.metrics == "private"
     wanted = not private or recipe.experiment.evaluation.promotion_margin is not None
     if state.parent is not None and wanted:
@@ -264,14 +286,22 @@ def _verdict(
     return verdict
 
 
+def _spent(recipe: Recipe) -> float | None:
+    """Return the epsilon spent so far; in mode "local" the most that any client can have spent."""
+    if recipe.guard is not None:
+        return recipe.guard.ledger.spent()
+    return None if recipe.local is None else recipe.local.settings.epsilon
+
+
 def _publish(
     state: ServerState, time_slice: TimeSlice, verdict: dict[str, Any], recipe: Recipe, desk: Desk
 ) -> tuple[ServerState, Release]:
     """Write the release, and move the state on to the next slice."""
     experiment = recipe.experiment
     promoted = worth_promoting(verdict["rows"], experiment.evaluation)
+    params = release_of(state, experiment.model)
     release = desk.registry.publish(
-        state.released,
+        params,
         desk.catalog.prefix(time_slice.n_items),
         run=state.run,
         slice=time_slice.index,
@@ -299,10 +329,11 @@ def _publish(
         "seconds": round(sum(r["seconds"] for r in own), 3),
         "bytes_down": sum(r["bytes_down"] for r in own),
         "bytes_up": sum(r["bytes_up"] for r in own),
-        "client_bytes": named.n_bytes(state.released),
+        "client_bytes": named.n_bytes(params),
+        "adoption": dict(state.adoption) or None,
         "overhead": {name: spent + verdict[name] for name, spent in state.overhead.items()},
         "refused": verdict["refused"],
-        "epsilon": None if recipe.guard is None else recipe.guard.ledger.spent(),
+        "epsilon": _spent(recipe),
         "rows": verdict["rows"],
         "differences": verdict["differences"],
         "life": verdict.get("life", []),
@@ -311,7 +342,13 @@ def _publish(
     if promoted or state.parent is None:
         return moved.advanced(parent=release.version), release
     # What did harm is not built upon; counts and statistics are sums over all slices, and stay.
-    return moved.advanced(params=desk.registry.load(state.parent).params, average={}, memory={}), release
+    return moved.advanced(params=state.anchor, average={}, memory={}), release
+
+
+def _holds_on(experiment: Experiment) -> bool:
+    """Whether what a slice began with is needed again."""
+    training = experiment.training
+    return bool(training.anchor or training.item_mean) or experiment.evaluation.promotion_margin is not None
 
 
 def worth_promoting(rows: Mapping[str, Any], settings: EvaluationConfig) -> bool:

@@ -47,11 +47,18 @@ def plan(
     _table("Planned releases", ("what", "noise multiplier", "sampling", "times"), rows)
     typer.echo(
         f"In all: epsilon {document['epsilon']:.4f} (privacy loss distributions; RDP {document['epsilon_rdp']:.4f}) at "
-        f"delta {document['delta']:g}, budget {document['budget']:g}; user level, add or remove one person; "
-        f"{document['population'][0]:,} people in the first slice, {document['population'][1]:,} in later ones."
+        f"delta {document['delta']:g}, budget {document['budget']:g}; unit: {document['unit']}, "
+        f"{document['adjacency']}; {_people(document)}"
     )
     if document["warning"]:
         typer.echo(document["warning"], err=True)
+
+
+def _people(document: dict[str, Any]) -> str:
+    if document["population"] is None:
+        return "what one client spends if it takes part as often as planned, by a ledger of its own."
+    first, later = document["population"]
+    return f"{first:,} people in the first slice, {later:,} in later ones."
 
 
 @app.command()
@@ -67,8 +74,8 @@ def show(
     ledger = PrivacyLedger.read(path)
     document = {
         "ledger": str(path),
-        "unit": "user",
-        "adjacency": "add or remove one person",
+        "unit": ledger.unit,
+        "adjacency": ledger.adjacency,
         "delta": ledger.delta,
         "budget": ledger.budget,
         "spent": ledger.spent(),
@@ -83,7 +90,7 @@ def show(
     ]
     _table(f"Ledger {path}", ("", "what", "attempt", "event"), rows)
     budget = "no budget" if ledger.budget is None else f"budget {ledger.budget:g}"
-    typer.echo(f"Spent: epsilon {document['spent']:.4f} at delta {ledger.delta:g} ({budget}); user level.")
+    typer.echo(f"Spent: epsilon {document['spent']:.4f} at delta {ledger.delta:g} ({budget}); unit: {ledger.unit}.")
 
 
 def wanted(experiment: Experiment, epsilon: float | None, delta: float | None, as_given: bool) -> Experiment:
@@ -114,7 +121,10 @@ def plan_document(experiment: Experiment, population: int | None) -> dict[str, A
     """Return the planned life as one document."""
     from fedrec.privacy.accounting import check_delta, epsilon
     from fedrec.server.guard import calibrated, planned, populations, user_level
+    from fedrec.server.local import local_plan
 
+    if experiment.privacy.mode == "local":
+        return local_plan(experiment, population)
     settings = user_level(experiment)
     people = populations(settings, population or settings.population or _counted(experiment))
     scale = calibrated(experiment, people)

@@ -17,11 +17,11 @@ from fedrec.config import BlockSplit, Experiment, LeaveOneOutSplit
 from fedrec.data.blocks import block_slices
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import make_encoder
-from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices
-from fedrec.errors import ConfigError, RunError
+from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices, with_validation
+from fedrec.errors import ConfigError, PrivacyError, RunError
 from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build
-from fedrec.models.configs import SpectralConfig
+from fedrec.models.configs import BlendConfig, SpectralConfig
 from fedrec.privacy.accounting import check_delta
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.settings import UserLevelPrivacy
@@ -29,12 +29,15 @@ from fedrec.protocol.link import Link
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
 from fedrec.server.guard import Guard, guard_of, planned, user_level
 from fedrec.server.lifelong import Desk, Event, Observer, privacy, run_stream
+from fedrec.server.local import local_mode
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe, take_census
 from fedrec.server.state import ServerState
 
 MOST_PAIRED = 8_192
 """Items of which a statistic of all pairs is still gathered: 134 MB."""
+VALIDATION = 0.1
+"""Share of a slice's time that a blend keeps for validation."""
 CHECKPOINT, REPORT, LEDGER = "state.fedrec", "report.html", "ledger.jsonl"
 
 
@@ -84,11 +87,21 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
-    """Return the slices that the experiment asks for."""
+    """Return the slices that the experiment asks for; those of a blend keep a window for validation."""
+    slices = _cut(experiment, dataset)
+    return with_validation(slices, VALIDATION) if isinstance(experiment.model, BlendConfig) else slices
+
+
+def _cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
     split = experiment.split
     if isinstance(split, LeaveOneOutSplit):
         return leave_one_out(dataset.catalog, split.test)
     if isinstance(split, BlockSplit):
+        if isinstance(experiment.model, BlendConfig):
+            raise ConfigError(
+                "A blend keeps a part of each slice's time for validation, and blocks have no time; set split.kind = "
+                '"stream" or another model.kind.'
+            )
         return block_slices(dataset, split.later + 1, split.refit)
     if dataset.provenance.get("time_unit") == "blocks":
         raise RunError(f"'{experiment.data.source}' is laid out in blocks, without time; use split.kind = \"blocks\".")
@@ -112,10 +125,18 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     _check_statistics(experiment, dataset)
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
+    local_mode(experiment)
 
 
 def _check_statistics(experiment: Experiment, dataset: Dataset) -> None:
     training, statistics = experiment.training, experiment.training.statistics
+    if isinstance(experiment.model, BlendConfig) and experiment.privacy.mode == "local":
+        raise ConfigError(
+            'The weight of a blend is chosen by validation, which nobody pays for in mode "local"; set model.kind to '
+            '"spectral" or "transformer".'
+        )
+    if isinstance(experiment.model, BlendConfig) and statistics is None:
+        raise ConfigError("The prior of a blend is made from statistics; add a table [training.statistics].")
     if isinstance(experiment.model, SpectralConfig):
         if statistics is None:
             raise ConfigError("A spectral model is made from statistics; add a table [training.statistics].")
@@ -166,12 +187,16 @@ def run_experiment(
     from fedrec.evaluation.report import write_report
 
     slices = cut(experiment, dataset)
-    recipe = Recipe(experiment, dataset.catalog.digest(), clock)
+    recipe = Recipe(experiment, dataset.catalog.digest(), clock, local=local_mode(experiment))
     with ExitStack() as stack:
         if isinstance(experiment.privacy, UserLevelPrivacy):
             guard = _guard(experiment, folder, link, slices[0], recipe, observe)
             recipe = replace(recipe, guard=guard)
             stack.enter_context(guard.ledger)
+        if recipe.local is not None:
+            warning = check_delta(recipe.local.settings.delta, dataset.log.n_users)
+            if warning:
+                observe(Event("note", {"text": warning}))
         path = folder.path / CHECKPOINT
         state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest)
         if path.exists():
@@ -199,7 +224,11 @@ def _guard(
     if warning:
         observe(Event("note", {"text": warning}))
     ledger = PrivacyLedger(folder.path / LEDGER, epsilon=settings.epsilon, delta=settings.delta)
-    return guard_of(experiment, ledger, n_people)
+    try:
+        return guard_of(experiment, ledger, n_people)
+    except PrivacyError:
+        ledger.close()
+        raise
 
 
 def describe(

@@ -122,6 +122,12 @@ def test_data_in_blocks_and_settings_must_agree(tmp_path: Path) -> None:
         cut(small_experiment(split=BLOCKS), dataset_of(small_rows()))
 
 
+def test_a_blend_in_blocks_is_refused() -> None:
+    blend = {"kind": "blend", "fitted": {"kind": "factorisation"}}
+    with pytest.raises(FedrecError, match="blocks have no time"):
+        cut(small_experiment(split=BLOCKS, model=blend), DATASET)
+
+
 def test_a_stream_without_held_back_tests_has_no_heat_map() -> None:
     assert life_plot([{"slice": 0, "life": []}, {"slice": 1, "life": []}]) is None
     assert matrix([{"life": [{"ndcg@10": {"value": 0.5}}, None]}], "ndcg@10").tolist()[0][0] == 0.5

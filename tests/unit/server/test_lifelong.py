@@ -298,7 +298,7 @@ def test_what_is_not_promoted_is_kept_and_the_run_goes_on_from_its_parent(
 ) -> None:
     verdicts = iter([True, False, True])
     monkeypatch.setattr("fedrec.server.lifelong.worth_promoting", lambda rows, settings: next(verdicts))
-    life = live(tmp_path)
+    life = live(tmp_path, small_experiment(evaluation__promotion_margin=0.5))
     rows = life.registry.list()
     assert [(row.version, row.parent, row.promoted, row.current) for row in rows] == [
         (1, None, True, False),
