@@ -125,6 +125,12 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     _check_statistics(experiment, dataset)
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
+    local = experiment.training.local
+    if experiment.privacy.mode == "local" and (local.replay or not local.history_negatives):
+        raise ConfigError(
+            'In privacy.mode = "local" clients draw windows of their own; leave training.local.replay and '
+            "training.local.history_negatives at their defaults."
+        )
     local_mode(experiment)
 
 

@@ -16,7 +16,7 @@ from fedrec.protocol.task import EvaluateTask, FitTask
 from fedrec.server.lifelong import Desk, run_stream
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
-from fedrec.server.run import cut
+from fedrec.server.run import check, cut
 from fedrec.server.state import ServerState
 from tests.support import PoolLink, dataset_of, simulated, small_experiment, small_rows
 
@@ -126,6 +126,17 @@ def test_a_blend_in_blocks_is_refused() -> None:
     blend = {"kind": "blend", "fitted": {"kind": "factorisation"}}
     with pytest.raises(FedrecError, match="blocks have no time"):
         cut(small_experiment(split=BLOCKS, model=blend), DATASET)
+
+
+@pytest.mark.parametrize("local", [{"replay": 0.5}, {"history_negatives": False}], ids=str)
+def test_mode_local_refuses_what_it_would_not_do(local: dict[str, object]) -> None:
+    experiment = small_experiment(
+        privacy={"mode": "local", "epsilon": 8.0, "delta": 1e-5, "metrics": "research"},
+        training__local=local,
+        split=BLOCKS,
+    )
+    with pytest.raises(FedrecError, match="at their defaults"):
+        check(experiment, DATASET)
 
 
 def test_a_stream_without_held_back_tests_has_no_heat_map() -> None:
