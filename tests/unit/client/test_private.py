@@ -193,8 +193,8 @@ def test_a_receipt_is_good_for_exactly_its_steps() -> None:
                                 (LocalTraining(steps=2), 2.0, WindowUnit(sampling=0.9))):  # fmt: skip
         with pytest.raises(PrivacyError, match="another event"):
             fit_windows(model, person(), local, spent, noise, charge, Silence(), KEY)
+    other = WindowUnit(sampling=0.5, clip_norm=9.0)
     with pytest.raises(PrivacyError, match="clip norm"):
-        other = WindowUnit(sampling=0.5, clip_norm=9.0)
         fit_windows(model, person(), LocalTraining(steps=2), other, 2.0, charge, Silence(), KEY)
     fit_windows(model, person(), LocalTraining(steps=2), unit, 2.0, charge, Silence(), KEY)
     with pytest.raises(PrivacyError, match="released already"):
