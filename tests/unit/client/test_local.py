@@ -67,7 +67,7 @@ def test_with_next_to_no_noise_updates_and_counts_are_the_exact_ones() -> None:
         quiet = pool_of(settings()).run(plan_of(fit(1e-6, clip=clip)))
         exact = pool_of(None).run(plan_of(FitTask(window=WINDOW, local=fit(1.0, clip=clip).local)))
         assert quiet.n_clients == exact.n_clients == 6
-        np.testing.assert_allclose(quiet.sums["item"], exact.sums["item"], atol=1e-4)
+        np.testing.assert_allclose(quiet.sums["item"], exact.sums["item"], rtol=0, atol=6 * 2 * clip * 1e-6 * 6**0.5)
         assert quiet.stats == {"spent": 0.0}, "a loss or a number of clips would be exact"
     counted = pool_of(settings()).run(plan_of(count(1e-6)))
     bounded = pool_of(None).run(plan_of(CountTask(window=WINDOW, clip_norm=2.0)))
