@@ -7,19 +7,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness import Row, claim, progress, run
+from fedrec.client.app import client_app
+from fedrec.client.pool import LogPool
 from fedrec.config import Experiment
+from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import LastWindow
 from fedrec.data.sources import load_dataset
-from fedrec.grid.simulate import simulate
+from fedrec.grid.in_process import InProcessGrid
 from fedrec.privacy.settings import SecureSum
 from fedrec.privacy.terms import agree_on, degree
+from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import layout_of
+from fedrec.protocol.tally import Tally
+from fedrec.protocol.task import CooccurrenceTask, CountTask
+from fedrec.server.app import GridLink, server_app
+from fedrec.server.registry import Registry
+from fedrec.server.run import RunFolder, run_experiment
 from fedrec.server.secure import upload_bytes
 from fedrec.server.spectral import asked_shapes
 
@@ -28,6 +38,8 @@ EPSILONS = (8.0, 2.0)
 STUDENT = 2.776
 """97.5 % quantile of Student's t with four degrees of freedom, for five pairs."""
 SILENT = 0.3
+"""Half before their contribution, half after it."""
+EVERYBODY, SAME, MASKED = "central, everybody", "central, as many silent", "distributed"
 MOST_BYTES = 2_000_000
 
 
@@ -37,14 +49,16 @@ def measure(quick: bool) -> list[Row]:
     dataset = load_dataset(experiment.data.source, say=lambda note: print(note, file=sys.stderr))
     rows = _traffic(experiment, len(dataset.catalog), dataset.log.n_users)
     for epsilon in EPSILONS[:1] if quick else EPSILONS:
-        found: dict[str, list[float]] = {"central": [], "distributed": []}
-        seconds: dict[str, list[float]] = {"central": [], "distributed": []}
+        found: dict[str, list[float]] = {name: [] for name in (EVERYBODY, SAME, MASKED)}
+        seconds: dict[str, list[float]] = {name: [] for name in found}
         for seed in progress(SEEDS[:1] if quick else SEEDS, f"epsilon {epsilon:g}"):
-            for mode, scores in found.items():
+            for name, scores in found.items():
                 began = time.perf_counter()
-                scores.append(_score(_in_mode(experiment, mode, epsilon, seed), dataset))
-                seconds[mode].append(time.perf_counter() - began)
-        rows += _compared(epsilon, found, seconds, quick)
+                mode = "distributed" if name == MASKED else "central"
+                pool = (Forgetful if name == SAME else LogPool)(dataset.log, dataset.catalog)
+                scores.append(_score(_in_mode(experiment, mode, epsilon, seed), dataset, pool))
+                seconds[name].append(time.perf_counter() - began)
+        rows += _compared(epsilon, found, seconds)
     return rows
 
 
@@ -61,31 +75,50 @@ def _in_mode(experiment: Experiment, mode: str, epsilon: float, seed: int) -> Ex
     )
 
 
-def _score(experiment: Experiment, dataset: Any) -> float:
+class Forgetful(LogPool):
+    """Loses the contributions that a masked sum with the same share of silent clients loses."""
+
+    def run(self, plan: RoundPlan) -> Tally:
+        """Leave out who fell silent; everybody is evaluated."""
+        if isinstance(plan.task, CountTask | CooccurrenceTask):
+            drawn = plan.key.child("silent").uniforms(plan.slots, 1)[:, 0]
+            plan = replace(plan, slots=plan.slots[drawn >= SILENT / 2])
+        return super().run(plan)
+
+
+def _score(experiment: Experiment, dataset: Dataset, pool: LogPool) -> float:
+    documents: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        document, _ = simulate(
-            experiment,
-            runs=Path(folder),
-            registry=Path(folder) / "registry",
-            dataset=dataset,
-            command="python -m benchmarks.masked",
-        )
-    return float(document["releases"][0]["rows"]["release"]["all"]["metrics"]["ndcg@10"]["value"])
+        root = Path(folder)
+        store, chosen = Registry(root / "registry"), RunFolder.new(root, experiment)
+        store.prepare()
+
+        def main(link: GridLink, context: Any) -> None:
+            documents.append(run_experiment(experiment, dataset, link, chosen, store, command="benchmarks.masked"))
+
+        grid = InProcessGrid(client_app(lambda context: pool), [{}], {})
+        server_app(main)(grid, grid.server_context())
+    return float(documents[0]["releases"][0]["rows"]["release"]["all"]["metrics"]["ndcg@10"]["value"])
 
 
-def _compared(
-    epsilon: float, found: Mapping[str, list[float]], seconds: Mapping[str, list[float]], quick: bool
-) -> list[Row]:
-    lost = np.subtract(found["central"], found["distributed"])
+def _compared(epsilon: float, found: Mapping[str, list[float]], seconds: Mapping[str, list[float]]) -> list[Row]:
     head, unit = f"epsilon {epsilon:g}", "NDCG@10"
-    rows = [Row(f"{head}: {mode}, mean of {len(lost)}", float(np.mean(scores)), unit) for mode, scores in found.items()]
-    rows += [Row(f"{head}: {mode}, a whole run", float(np.median(spent)), "s") for mode, spent in seconds.items()]
-    rows.append(Row(f"{head}: central minus distributed, mean", float(lost.mean()), unit))
-    if len(lost) == len(SEEDS):
-        half = STUDENT * float(lost.std(ddof=1)) / math.sqrt(len(lost))
-        what = f"{head}: central minus distributed, {{}} end of Student's interval"
-        rows.append(claim(what.format("low"), float(lost.mean()) - half, unit, "<=", 0.0))
-        rows.append(Row(what.format("high"), float(lost.mean()) + half, unit))
+    n = len(found[MASKED])
+    rows = [Row(f"{head}: {name}, mean of {n}", float(np.mean(scores)), unit) for name, scores in found.items()]
+    rows += [Row(f"{head}: {name}, a whole run", float(np.median(spent)), "s") for name, spent in seconds.items()]
+    for name in (SAME, EVERYBODY):
+        lost = np.subtract(found[name], found[MASKED])
+        what = f"{head}: {name} minus distributed"
+        rows.append(Row(f"{what}, mean", float(lost.mean()), unit))
+        if n == len(SEEDS):
+            half = STUDENT * float(lost.std(ddof=1)) / math.sqrt(n)
+            low = f"{what}, low end of Student's interval"
+            rows.append(
+                claim(low, float(lost.mean()) - half, unit, "<=", 0.0)
+                if name == SAME
+                else Row(low, float(lost.mean()) - half, unit)
+            )
+            rows.append(Row(f"{what}, high end", float(lost.mean()) + half, unit))
     return rows
 
 

@@ -15,7 +15,7 @@ from fedrec.data.sources import load_dataset
 from fedrec.errors import DataError
 from fedrec.models.configs import SpectralConfig
 
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5)
 EPSILONS = (8.0, 4.0, 2.0, 1.0)
 PLOT = Path(__file__).parent / "results" / "privacy.png"
 TARGETS = {
@@ -25,38 +25,47 @@ TARGETS = {
 
 
 def _model(
-    items: int, features: int, powers: tuple[float, float], weight: float, popularity: float, decay: float
+    items: int,
+    features: int,
+    powers: tuple[float, float],
+    weights: tuple[float, float],
+    decays: tuple[float, float],
+    caution: float = 1.0,
 ) -> SpectralConfig:
+    """Return settings; `weights` are those of items (features have 1) and popularity, the rest is items first."""
     return SpectralConfig(
         item_rank=items,
         feature_rank=features,
         item_power=powers[0],
         feature_power=powers[1],
-        item_weight=weight,
-        popularity_weight=popularity,
-        decay=decay,
+        item_weight=weights[0],
+        popularity_weight=weights[1],
+        decay=decays[0],
+        feature_decay=decays[1],
+        caution=caution,
     )
 
 
-# Chosen on the validation item (the second to last), with noise of other seeds; never on the test item. The search was
-# by hand, more than a thousand settings, and is not accounted for: the data is public.
+# Chosen on the validation item (the second to last) with noise of other seeds, on ML-100K also on the item before it;
+# never on the test item. The search (by hand at first, then grids of some hundreds of settings a budget, one noise
+# seed on ML-1M and at epsilon 8 and 4 on ML-100K, eight at 2 and 1) is not accounted for: the data is public.
 WIDE = FeatureSettings(encoder="wordllama", rank=1024)
 MIDDLE = FeatureSettings(encoder="wordllama", rank=512)
 PLAIN = FeatureSettings(encoder="wordllama", rank=256, fourier=0)
 CHOICES: dict[str, dict[float | None, Choice]] = {
     "ml-1m": {
-        None: Choice((0.78, 0.2, 0.02), _model(2400, 1024, (0.35, 0.35), 2.0, 0.0, 0.7), WIDE),
-        8.0: Choice((0.78, 0.2, 0.02), _model(2400, 1024, (0.35, 0.35), 2.0, 0.0, 0.7), WIDE),
-        4.0: Choice((0.78, 0.2, 0.02), _model(2400, 1024, (0.35, 0.35), 2.0, 0.0, 0.7), WIDE),
-        2.0: Choice((0.78, 0.19, 0.03), _model(1000, 1024, (0.5, 0.5), 1.5, 0.0, 0.8), WIDE),
-        1.0: Choice((0.0, 0.97, 0.03), _model(0, 1024, (0.5, 0.5), 1.0, 0.6, 0.8), WIDE),
+        None: Choice((0.78, 0.2, 0.02), _model(2400, 1024, (0.35, 0.35), (2.0, 0.0), (0.7, 0.7)), WIDE),
+        8.0: Choice((0.78, 0.2, 0.02), _model(300, 1024, (0.25, 0.5), (1.6, 0.0), (0.7, 0.8), 0.6), WIDE),
+        4.0: Choice((0.75, 0.22, 0.03), _model(300, 1024, (0.25, 0.5), (1.0, 0.0), (0.7, 0.8), 0.6), WIDE),
+        2.0: Choice((0.68, 0.29, 0.03), _model(200, 1024, (0.35, 0.5), (1.0, 0.0), (0.7, 0.8), 0.6), WIDE),
+        1.0: Choice((0.0, 0.97, 0.03), _model(0, 1024, (0.5, 0.5), (1.0, 0.6), (0.8, 0.8)), WIDE),
     },
     "ml-100k": {
-        None: Choice((0.78, 0.17, 0.05), _model(160, 512, (0.5, 0.5), 1.5, 0.3, 0.8), MIDDLE),
-        8.0: Choice((0.78, 0.17, 0.05), _model(160, 512, (0.5, 0.5), 1.5, 0.3, 0.8), MIDDLE),
-        4.0: Choice((0.6, 0.32, 0.08), _model(1400, 512, (0.5, 0.5), 1.5, 0.6, 0.9), MIDDLE),
-        2.0: Choice((0.0, 0.7, 0.3), _model(0, 256, (0.5, 0.5), 1.0, 0.6, 0.8), PLAIN),
-        1.0: Choice((0.0, 0.7, 0.3), _model(0, 256, (1.0, 1.0), 1.0, 1.0, 0.8), PLAIN),
+        None: Choice((0.78, 0.17, 0.05), _model(160, 512, (0.5, 0.5), (1.5, 0.3), (0.8, 0.8)), MIDDLE),
+        8.0: Choice((0.75, 0.2, 0.05), _model(150, 256, (0.5, 0.5), (1.0, 0.0), (0.8, 0.8)), PLAIN),
+        4.0: Choice((0.6, 0.3, 0.1), _model(150, 256, (0.35, 0.75), (1.0, 0.4), (0.9, 0.8)), PLAIN),
+        2.0: Choice((0.4, 0.4, 0.2), _model(150, 256, (0.35, 0.5), (1.0, 0.5), (0.9, 0.8)), PLAIN),
+        1.0: Choice((0.0, 0.7, 0.3), _model(0, 256, (1.0, 1.0), (1.0, 1.0), (0.8, 0.8)), PLAIN),
     },
 }
 

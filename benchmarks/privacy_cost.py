@@ -22,7 +22,7 @@ PRIVATE = {"mode": "central", "epsilon": 8.0, "noise": "system", "metrics": "res
 
 
 def measure(quick: bool) -> list[Row]:
-    """Take turns, and compare medians: of rounds (mean of a run), and of whole runs with ledger, checkpoints and report."""
+    """Take turns, and compare medians: of rounds, and of whole runs with ledger, checkpoints, report."""
     dataset = load_dataset("ml-100k", say=lambda note: print(note, file=sys.stderr))
     runs = {mode: _experiment(QUICK_ROUNDS if quick else ROUNDS, mode) for mode in ("none", "central")}
     rounds: dict[str, list[float]] = {mode: [] for mode in runs}

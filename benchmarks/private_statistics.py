@@ -83,7 +83,10 @@ class Bench:
         factors = dict(zip(("items", "features", "counts"), roots, strict=True))
         thirds = self.thirds(choice.features)
         total = {n: (value * factors[n]).astype(np.float32) for n, value in thirds.items() if factors[n]}
-        return noised(total, 1.0, epsilon, seed)
+        if epsilon is None:
+            return total
+        variance = np.full(1, multiplier(epsilon) ** 2, np.float32)
+        return {**noised(total, 1.0, epsilon, seed), "variance": variance}
 
     def spectral(self, choice: Choice, epsilon: float | None, seed: int, test: bool = True) -> float:
         """Return NDCG@10 of the spectral model at this budget."""

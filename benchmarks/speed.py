@@ -91,6 +91,8 @@ def small_rows(quick: bool, repeats: int) -> list[Row]:
         if label in elsewhere:
             reach = unclaimed if quick else claim
             rows.append(Row(f"A: fedrec, one process / {label}", speed["fedrec"] / elsewhere[label], "x"))
+            limit = RAY_PROCESSES * speed[best] / elsewhere[label]
+            rows.append(Row(f"A: limit, {RAY_PROCESSES} x centralised on one core / {label}", limit, "x"))
             ratio = speed["fedrec, two"] / elsewhere[label]
             rows.append(reach(f"A: fedrec, {RAY_PROCESSES} processes / {label}", ratio, "x", ">=", bound))
     return rows

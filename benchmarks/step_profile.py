@@ -48,7 +48,7 @@ def timed(call: Callable[[], Any], repeats: int) -> float:
 
 def step_rows(length: int, repeats: int, bandwidth: float) -> list[Row]:
     """Return the parts of one block's step, the bytes that only a per-client step moves, and the floor they give."""
-    workload = sequence(64, length, 1)
+    workload = sequence(128, length, 1)
     model, local = workload.model(), workload.task.local
     block = cache_block(model, 1)
     cohort = workload.cohort().take(slice(0, block))
@@ -83,12 +83,46 @@ def step_rows(length: int, repeats: int, bandwidth: float) -> list[Row]:
     # added to (read, written), read for norms, scaled (read, written), added up (read).
     extra = 3 * dense + 9 * rows
     limit = seconds["centralised forward and backward"] + seconds["draw"]
+    together, weights_apart, all_apart = product_seconds(block, length, repeats)
+    # A later step of several has weights of its own: read and written to be moved, beside the gradient as above.
+    later = extra + 2 * dense
     return [
         *(Row(f"{name}: {part}", 1e3 * value, "ms") for part, value in seconds.items()),
         Row(f"{name}: bytes that only a per-client step moves", extra / 1e6, "MB"),
         Row(f"{name}: cost against centralised", seconds["per-client, everything"] / limit, "x"),
-        Row(f"{name}: floor, centralised and these bytes at that bandwidth", 1 + extra / bandwidth / limit, "x"),
+        Row(f"{name}: dense products, one for all clients", 1e3 * together, "ms"),
+        Row(f"{name}: dense products, weight gradients of each client", 1e3 * weights_apart, "ms"),
+        Row(f"{name}: dense products, weights of each client too", 1e3 * all_apart, "ms"),
+        Row(
+            f"{name}: floor, these products and bytes", 1 + (weights_apart - together + extra / bandwidth) / limit, "x"
+        ),
+        Row(
+            f"{name}: floor of a later step, weights of each client",
+            1 + (all_apart - together + later / bandwidth) / limit,
+            "x",
+        ),
     ]
+
+
+def product_seconds(block: int, length: int, repeats: int) -> tuple[float, float, float]:
+    """Time the bare products of the linear layers, forward and backward, without autograd.
+
+    Returns:
+        Seconds with one product for all clients; with the weight gradients apart; with the weights apart as well.
+    """
+    together = weights_apart = all_apart = 0.0
+    for wide, count in ((192, 2), (64, 6)):  # of both blocks: query, key and value; and what is as wide as the model
+        x, out = torch.ones(block, length, 64), torch.ones(block, length, wide)
+        one, own = torch.ones(wide, 64), torch.ones(block, wide, 64)
+        flat_x, flat_out = x.flatten(0, 1), out.flatten(0, 1)
+        shared = timed(lambda: (flat_x @ one.T, flat_out @ one), repeats)  # noqa: B023 - called at once
+        gradient = timed(lambda: flat_out.T @ flat_x, repeats)  # noqa: B023
+        gradients = timed(lambda: out.transpose(1, 2) @ x, repeats)  # noqa: B023
+        apart = timed(lambda: (x @ own.transpose(1, 2), out @ own), repeats)  # noqa: B023
+        together += count * (shared + gradient)
+        weights_apart += count * (shared + gradients)
+        all_apart += count * (apart + gradients)
+    return together, weights_apart, all_apart
 
 
 def _everything(model: Any, cohort: Any, local: Any, totals: dict[str, torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,9 @@ from fedrec.data.commands import app as data_app
 from fedrec.errors import FedrecError
 from fedrec.server.commands import app as releases_app
 from fedrec.server.privacy_commands import app as privacy_app
+
+if TYPE_CHECKING:
+    from fedrec.config import Experiment
 
 app = typer.Typer(
     name="fedrec",
@@ -60,7 +63,7 @@ def simulate(
     """Run an experiment: a lifelong federated run with progress, report (HTML and JSON) and a registry of releases."""
     from rich.console import Console
 
-    from fedrec.config import Experiment, PoissonCohort
+    from fedrec.config import Experiment
 
     settings = Experiment.find(experiment)
     if seed is not None:
@@ -71,9 +74,7 @@ def simulate(
     from fedrec.progress import RunProgress
 
     notes = Console(stderr=True)
-    cohort = settings.training.cohort
-    expected = cohort.expected if isinstance(cohort, PoissonCohort) else cohort.size
-    with RunProgress(notes, settings.n_slices, expected) as bars:
+    with RunProgress(notes, settings.n_slices, _expected(settings)) as bars:
         document, folder = run(
             settings,
             runs=out,
@@ -89,6 +90,56 @@ def simulate(
     console = Console()
     print_table(document, console)
     print(f"Report:   {folder / 'report.html'}\nRegistry: {registry}")
+
+
+@app.command()
+def audit(
+    experiment: Annotated[str, typer.Argument(help="TOML file, or the name of an experiment that comes with fedrec.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for audit.json and audit.html.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option("--epsilon", help="Audit the experiment at this budget instead of its own.")
+    ] = None,
+    canaries: Annotated[int, typer.Option("--canaries", min=10, help="How many canary clients.")] = 1000,
+    confidence: Annotated[
+        float, typer.Option("--confidence", min=0.5, max=0.9999, help="Of all bounds together.")
+    ] = 0.95,
+    shadows: Annotated[
+        int, typer.Option("--shadows", min=0, help="Further runs that calibrate the attack on membership.")
+    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Decides who the canaries and the members are.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Attack an experiment in simulation; print the claim beside what was found, exit with 1 if it is broken."""
+    from rich.console import Console
+
+    from fedrec.config import Experiment
+
+    settings = Experiment.find(experiment)
+    _need("torch", "flwr")
+    from fedrec.audit.audit import AuditSettings
+    from fedrec.audit.audit import audit as attack
+    from fedrec.data.sources import load_dataset
+    from fedrec.evaluation.audit_page import print_audit, write_audit
+    from fedrec.progress import RunProgress
+    from fedrec.server.privacy_commands import wanted
+
+    if epsilon is not None:
+        settings = wanted(settings, epsilon, None, False)
+    how = AuditSettings(canaries=canaries, confidence=confidence, shadows=shadows, seed=seed)
+    notes = Console(stderr=True)
+    dataset = load_dataset(settings.data.source, say=lambda note: notes.print(note, highlight=False, markup=False))
+    with RunProgress(notes, settings.n_slices * how.lives, _expected(settings)) as bars:
+        command = shlex.join(["fedrec", *sys.argv[1:]])
+        document = attack(settings, dataset, how, command=command, observe=bars.observe)
+    page = None if out is None else write_audit(document, out)
+    if as_json:
+        print(json.dumps(document))
+    else:
+        print_audit(document, Console())
+        if page is not None:
+            print(f"Page: {page}")
+    if document["holds"] is False:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -130,6 +181,16 @@ def recommend(
     console = Console()
     console.print("After " + ("; ".join(found.history_titles) or "nothing yet"), highlight=False, markup=False)
     console.print(table)
+
+
+def _expected(experiment: Experiment) -> float:
+    """Return how many clients a round asks for, as far as the experiment says."""
+    from fedrec.config import FixedCohort, PoissonCohort
+
+    cohort = experiment.training.cohort
+    if isinstance(cohort, PoissonCohort):
+        return cohort.expected
+    return cohort.size if isinstance(cohort, FixedCohort) else float("inf")  # of turns: everybody is asked
 
 
 def _need(*packages: str) -> None:

@@ -66,6 +66,15 @@ class FixedCohort(_Settings):
     """Number of clients in a round; everybody if fewer are eligible."""
 
 
+class TurnCohort(_Settings):
+    """Everybody belongs to one of several groups, by a hash of who they are, and the groups take turns."""
+
+    kind: Literal["turns"] = "turns"
+    groups: int = Field(default=16, ge=1)
+    """How many groups: a person takes part in every so-many-th round of a slice, and never more often. The minimum
+    separation of correlated noise."""
+
+
 class SgdConfig(_Settings):
     """``torch.optim.SGD`` on the mean update; learning rate 1 without momentum is FedAvg."""
 
@@ -118,7 +127,7 @@ class StatisticsConfig(CooccurrenceSettings):
 class TrainingConfig(_Settings):
     """How the shared model learns."""
 
-    cohort: Annotated[PoissonCohort | FixedCohort, Field(discriminator="kind")] = PoissonCohort()
+    cohort: Annotated[PoissonCohort | FixedCohort | TurnCohort, Field(discriminator="kind")] = PoissonCohort()
     local: LocalTraining = LocalTraining()
     server: Annotated[SgdConfig | AdamConfig, Field(discriminator="kind")] = AdamConfig()
     average: float = Field(default=0.0, ge=0, lt=1)

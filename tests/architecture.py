@@ -21,8 +21,8 @@ HOMES = {
     "onnxruntime": {"serving/export.py"},
     "fastapi": {"serving/http.py"},
     "uvicorn": {"serving/http.py"},
-    "matplotlib": {"evaluation/plots.py"},
-    "jinja2": {"evaluation/report.py"},
+    "matplotlib": {"evaluation/plots.py", "evaluation/audit_page.py"},
+    "jinja2": {"evaluation/report.py", "evaluation/audit_page.py"},
     "pyarrow": {"data/tabular.py"},
     "pickle": set(),
 }

@@ -123,6 +123,8 @@ class LogPool:
                 "ones here; take the census again."
             )
         chosen = cohort.take(plan.slots)
+        if isinstance(plan.task, FitTask) and plan.task.turn is not None:
+            chosen = chosen.take(plan.task.turn.taken(chosen.ids))
         if not len(chosen):
             return Tally({}, 0, {})
         if isinstance(plan.task, FitTask):

@@ -15,8 +15,13 @@ from fedrec.protocol.task import LocalTraining
 from fedrec.random import Key
 
 Tensors = dict[str, Tensor]
-CACHE_BYTES = 10 << 20
-"""What the clients of a block may hold of the model together; measured, see docs/performance.md."""
+CACHE_BYTES, LARGEST_BYTES = 10 << 20, 48 << 20
+"""What the clients of a block hold of the model together: so much suits the cache, and more than that is too much."""
+POSITIONS = 4096
+"""So many positions of histories a block should have, or starting its operations costs more than the cache saves."""
+
+PIECE_BYTES = 1 << 20
+"""Of what is only passed on: memory that is written and read again at once should be in the cache still."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,12 @@ class Trained:
                 flat = flat.masked_fill(out[:, None], 0.0)
             totals[name] += (weight @ flat).view(part.shape[1:])
         for name, part in self.sparse.items():
-            each = (-1, *[1] * (part.dim() - 1))
-            weighted = part * weight.view(each)
-            if out.any():
-                weighted = weighted.masked_fill(out.view(each), 0.0)
-            totals[name].index_add_(0, self.rows.flatten(), weighted.flatten(0, 1))
+            for values, rows, w, gone in zip(*in_cache(part, self.rows, weight, out), strict=True):
+                each = (-1, *[1] * (part.dim() - 1))
+                weighted = values * w.view(each)
+                if gone.any():
+                    weighted.masked_fill_(gone.view(each), 0.0)
+                totals[name].index_add_(0, rows.flatten(), weighted.flatten(0, 1))
 
     def client_params(self, shared: Tensors, place: int) -> Tensors:
         """Return the whole parameters that one client ended with."""
@@ -70,15 +76,22 @@ class Trained:
         return own
 
 
+def in_cache(*parts: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut tensors [c, ...] along their first axis, so that a piece of the first one is about `PIECE_BYTES`."""
+    n = max(1, PIECE_BYTES * len(parts[0]) // max(1, parts[0].nbytes))
+    return [torch.split(part, n) for part in parts]
+
+
 def cache_block(model: Recommender, steps: int) -> int:
-    """Return how many clients to compute at once, so that what they hold of the model stays near the cache."""
+    """Return how many clients to compute at once: enough work for each operation, but near the cache; measured."""
     named = dict(model.named_parameters())
     sparse = model.row_names if model.gathers else frozenset()
     spec = model.spec
     each = spec.targets if spec.kind == "pairs" else spec.length + 1
     touched = min(model.n_items, steps * (each + (spec.negatives or 0)))
     held = sum(p.numel() // (len(p) if n in sparse else 1) * (touched if n in sparse else 1) for n, p in named.items())
-    return int(min(max(CACHE_BYTES // (4 * held), 8), 512))
+    fits, most = CACHE_BYTES // (4 * held), LARGEST_BYTES // (4 * held)
+    return int(min(max(fits, min(POSITIONS // spec.length, most), 8), 512))
 
 
 def step_batches(cohort: Cohort, model: Recommender, local: LocalTraining, key: Key) -> list[Batch]:

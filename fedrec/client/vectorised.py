@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
-from fedrec.client.trainer import Trained, step_batches
+from fedrec.client.trainer import Trained, in_cache, step_batches
 from fedrec.data.batches import START, Batch, Cohort
 from fedrec.models.recommender import Recommender, to_torch
 from fedrec.protocol.task import LocalTraining
@@ -35,42 +36,55 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
     sparse = model.row_names if model.gathers else frozenset()
     # In the first step all clients hold the same numbers: views, of which only the gradients are apart.
     start = {
-        name: value.detach()[touched] if name in sparse else value.detach().expand(len(cohort), *value.shape)
+        name: F.embedding(touched, value.detach())
+        if name in sparse
+        else value.detach().expand(len(cohort), *value.shape)
         for name, value in model.named_parameters()
     }
-    own, loss, rate = start, torch.zeros(0), local.learning_rate
+    own, first = start, torch.zeros(0)
     for step, batch in enumerate(batches):
         held = {name: value.detach().requires_grad_() for name, value in own.items()}
         mine = {name: value.detach().requires_grad_() for name, value in kept.items()}
         losses = functional_call(model, held, (to_torch(batch), mine))
-        loss = losses.detach() if step == 0 else loss
-        tensors = [*held.values(), *mine.values()]
-        gradients = torch.autograd.grad(losses.sum(), tensors, materialize_grads=True)
-        moved = dict(zip(held, gradients, strict=False))
-        if local.steps == 1:  # the difference is the gradient, up to a factor
+        first = losses.detach() if step == 0 else first
+        # Scaling the few losses makes every gradient the move itself: no pass over memory is spent on the rate.
+        scale = torch.full_like(losses, -local.learning_rate)
+        moves = torch.autograd.grad(losses, [*held.values(), *mine.values()], scale, materialize_grads=True)
+        moved = dict(zip(held, moves, strict=False))
+        if local.steps == 1:
             deltas = {
-                name: _added(torch.zeros_like(start[name]), g, 1.0) if g.is_sparse else g for name, g in moved.items()
+                name: _added(start[name].zero_(), move) if move.is_sparse else move for name, move in moved.items()
             }
-            return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, loss, -rate)
-        own = {name: _moved(value, moved[name], -rate, step == 0) for name, value in own.items()}
-        local_gradients = zip(kept.items(), gradients[len(held) :], strict=True)
-        kept = {name: torch.add(value, gradient, alpha=-rate) for (name, value), gradient in local_gradients}
-    deltas = {name: own[name].sub_(start[name]) for name in start}
-    return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, loss)
+            return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, first)
+        own = {name: _moved(value, moved[name], step == 0) for name, value in own.items()}
+        kept = {name: value + move for (name, value), move in zip(kept.items(), moves[len(held) :], strict=True)}
+    deltas = {
+        name: _less(own[name], value.detach(), touched if name in sparse else None)
+        for name, value in model.named_parameters()
+    }
+    return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, first)
 
 
-def _moved(value: Tensor, gradient: Tensor, rate: float, copy: bool) -> Tensor:
-    """Return ``value + rate * gradient``, in place unless a copy is asked for."""
-    if gradient.is_sparse:
-        return _added(value.clone() if copy else value, gradient, rate)
-    return torch.add(value, gradient, alpha=rate) if copy else value.add_(gradient, alpha=rate)
+def _moved(value: Tensor, move: Tensor, first: bool) -> Tensor:
+    """Return ``value + move``, in place unless `value` is a view that all share, as dense ones are at first."""
+    if move.is_sparse:
+        return _added(value, move)
+    return value + move if first else value.add_(move)
 
 
-def _added(table: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """Add `rate` times a sparse gradient over (client, row) to tables [c, r, d], in place."""
-    client, row = gradient._indices()
-    values = gradient._values() * rate  # index_add_ is far slower with an alpha
-    table.flatten(0, 1).index_add_(0, client * table.shape[1] + row, values)
+def _less(own: Tensor, shared: Tensor, touched: Tensor | None) -> Tensor:
+    """Subtract the shared values that each client started from, in place."""
+    if touched is None:
+        return own.sub_(shared)
+    for mine, numbers in zip(*in_cache(own, touched), strict=True):
+        mine.sub_(F.embedding(numbers, shared))
+    return own
+
+
+def _added(table: Tensor, move: Tensor) -> Tensor:
+    """Add a sparse tensor over (client, row) to tables [c, r, d], in place."""
+    client, row = move._indices()
+    table.flatten(0, 1).index_add_(0, client * table.shape[1] + row, move._values())
     return table
 
 

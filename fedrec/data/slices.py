@@ -7,7 +7,8 @@ user's history; everything before `low` is what the person already knows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Literal
 
@@ -92,6 +93,7 @@ class TimeSlice:
         test: the interactions to predict, all of them newer than `train`.
         n_items: catalogue size while training.
         n_items_test: catalogue size while testing; the items in between are new.
+        validation: interactions between `train` and `test`, for choices; None: none are kept.
     """
 
     index: int
@@ -99,6 +101,7 @@ class TimeSlice:
     test: TimeWindow | LastWindow
     n_items: int
     n_items_test: int
+    validation: TimeWindow | LastWindow | None = None
 
     @property
     def new_items(self) -> range:
@@ -154,3 +157,25 @@ def leave_one_out(catalog: ItemCatalog, test: Literal["test", "validation"] = "t
     """
     window = LastWindow(skip=0 if test == "test" else 1, take=1)
     return (TimeSlice(0, LastWindow(skip=2), window, len(catalog), len(catalog)),)
+
+
+def with_validation(slices: Sequence[TimeSlice], share: float) -> tuple[TimeSlice, ...]:
+    """Keep the end of each training window for choices; where time goes on, the next slice trains on it.
+
+    Args:
+        slices: as cut.
+        share: of a window of time that is kept; of histories, one more interaction is.
+    """
+    found: list[TimeSlice] = []
+    for one in slices:
+        if isinstance(one.train, TimeWindow):
+            before = found[-1].validation if found else None
+            start = before.start if isinstance(before, TimeWindow) else one.train.start
+            cut = max(start + 1, one.train.end - max(1, round(share * (one.train.end - one.train.start))))
+            train: TimeWindow | LastWindow = TimeWindow(start=start, end=cut)
+            kept: TimeWindow | LastWindow = TimeWindow(start=cut, end=one.train.end)
+        else:
+            tested = one.test.skip if isinstance(one.test, LastWindow) else 0
+            train, kept = LastWindow(skip=tested + 2), LastWindow(skip=tested + 1, take=1)
+        found.append(replace(one, train=train, validation=kept))
+    return tuple(found)

@@ -102,7 +102,9 @@ def _quality(releases: Sequence[Record]) -> Plot | None:
         return None
     figure, alt = drawn
     caption = "Higher is better. Dots are means over the tested people, bars are 95% intervals."
-    return Plot("quality", "Recommendation quality", caption, _svg(figure, "quality", f"Recommendation quality. {alt}"))
+    return Plot(
+        "quality", "Recommendation quality", caption, to_svg(figure, "quality", f"Recommendation quality. {alt}")
+    )
 
 
 def _groups(releases: Sequence[Record]) -> Plot | None:
@@ -114,7 +116,7 @@ def _groups(releases: Sequence[Record]) -> Plot | None:
     figure, alt = drawn
     shown = metric_name(metric)
     caption = f"{shown} of known people, of people first seen in the test, and on items that joined after training."
-    return Plot("groups", f"{shown} by group", caption, _svg(figure, "groups", f"{shown} by group. {alt}"))
+    return Plot("groups", f"{shown} by group", caption, to_svg(figure, "groups", f"{shown} by group. {alt}"))
 
 
 def _panels(
@@ -224,7 +226,7 @@ def _loss(rounds: Sequence[Record]) -> Plot | None:
     alt = f"Training loss over {len(with_loss)} rounds, from {first:.3g} to {last:.3g}."
     smooth = " The strong line is the mean of the 9 rounds around." if many else ""
     caption = f"What the clients of each round reported before the server's step; lower is better.{smooth}"
-    return Plot("loss", "Training loss", caption, _svg(figure, "loss", alt))
+    return Plot("loss", "Training loss", caption, to_svg(figure, "loss", alt))
 
 
 def _traffic(rounds: Sequence[Record], releases: Sequence[Record]) -> Plot | None:
@@ -258,7 +260,7 @@ def _traffic(rounds: Sequence[Record], releases: Sequence[Record]) -> Plot | Non
     if alone:
         caption += f" A client on a node of its own would receive and send {size(alone)} in each of its rounds."
     return Plot(
-        "traffic", "Traffic", caption, _svg(figure, "traffic", f"Bytes per round and since the start. {caption}")
+        "traffic", "Traffic", caption, to_svg(figure, "traffic", f"Bytes per round and since the start. {caption}")
     )
 
 
@@ -279,7 +281,7 @@ def _answers(rounds: Sequence[Record]) -> Plot | None:
     figure.legend(loc="outside upper left", ncols=3, handlelength=1.4, columnspacing=1.2)
     share = sum(answered) / sum(asked)
     caption = f"Clients asked and clients whose contribution counted: {share:.1%} of those asked.{_lone(rounds)}"
-    return Plot("answers", "Clients per round", caption, _svg(figure, "answers", caption), wide=False)
+    return Plot("answers", "Clients per round", caption, to_svg(figure, "answers", caption), wide=False)
 
 
 def _seconds(rounds: Sequence[Record]) -> Plot | None:
@@ -297,7 +299,7 @@ def _seconds(rounds: Sequence[Record]) -> Plot | None:
     ax.set_ylabel("Seconds")
     figure.legend(loc="outside upper left", ncols=2, handlelength=1.8, columnspacing=1.2)
     caption = f"Wall-clock time of each round; the median is {median:.2g} s.{_lone(rounds)}"
-    return Plot("seconds", "Time per round", caption, _svg(figure, "seconds", caption), wide=False)
+    return Plot("seconds", "Time per round", caption, to_svg(figure, "seconds", caption), wide=False)
 
 
 def _numbered(rounds: Sequence[Record]) -> Iterator[tuple[int, Record]]:
@@ -352,7 +354,7 @@ def _figure(inches: tuple[float, float]) -> Figure:
     return Figure(figsize=inches)
 
 
-def _svg(figure: Figure, name: str, alt: str) -> str:
+def to_svg(figure: Figure, name: str, alt: str) -> str:
     """Print a figure as an SVG element that may stand beside others in one page."""
     from html import escape
 

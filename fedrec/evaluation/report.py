@@ -317,13 +317,20 @@ def write_report(document: Record, folder: Path) -> Path:
     Raises:
         RunError: the folder cannot be written, or jinja2 or matplotlib is not installed.
     """
-    _write(folder / "report.json", json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(
+        folder / "report.json", json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    )
     page = folder / "report.html"
-    _write(page, render_html(document))
+    write_whole(page, render_html(document))
     return page
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises:
+        RunError: the disk refuses.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

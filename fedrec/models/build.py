@@ -6,8 +6,10 @@ import copy
 from functools import lru_cache
 from typing import Any
 
+from fedrec.models.blend import Blend
 from fedrec.models.configs import (
     AnyModelConfig,
+    BlendConfig,
     FactorisationConfig,
     PopularityConfig,
     SpectralConfig,
@@ -26,6 +28,7 @@ MODELS: dict[type[Any], type[Any]] = {
     SpectralConfig: Spectral,
     FactorisationConfig: Factorisation,
     TransformerConfig: Transformer,
+    BlendConfig: Blend,
 }
 
 
@@ -44,6 +47,11 @@ def restore(config: AnyModelConfig, n_items: int, params: Params) -> Recommender
     model = copy.deepcopy(_skeleton(config, n_items))
     set_params(model, params)
     return model.eval()
+
+
+def trained(config: AnyModelConfig) -> AnyModelConfig:
+    """Return the settings of what rounds train: of a blend the fitted part."""
+    return config.fitted if isinstance(config, BlendConfig) else config
 
 
 @lru_cache(maxsize=8)

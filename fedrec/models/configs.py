@@ -74,6 +74,11 @@ class SpectralConfig(_Settings):
     """How many of the newest interactions a person's vector is made of."""
     decay: float = Field(default=0.8, gt=0, le=1)
     """Weight of each older interaction against the next."""
+    feature_decay: float | None = Field(default=None, gt=0, le=1)
+    """The same for the features' part; None: as `decay`."""
+    caution: float = Field(default=0.8, ge=0, le=1)
+    """What part of the noise's standard deviation is assumed when each noised pair is replaced by its posterior mean,
+    given popularity and the public features; less keeps more of the pairs and of the noise, 0 leaves pairs alone."""
 
 
 class TransformerConfig(_Settings):
@@ -102,10 +107,26 @@ class TransformerConfig(_Settings):
     """The training loss."""
 
 
+class BlendConfig(_Settings):
+    """A spectral model as prior, and a fitted one that is added to it only as far as validation says that it helps."""
+
+    kind: Literal["blend"] = "blend"
+    prior: SpectralConfig = SpectralConfig()
+    """What is made from the statistic."""
+    fitted: Annotated[FactorisationConfig | TransformerConfig, Field(discriminator="kind")] = TransformerConfig()
+    """What is trained in rounds."""
+    start: Literal["prior", "fresh"] = "prior"
+    """Where its item vectors start: from the prior's geometry, or at random."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
+    """Weights of the fitted scores that validation tries beside 0, the prior alone; both have spread 1."""
+
+
 ModelConfig = Annotated[
-    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig,
+    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig,
     Field(discriminator="kind"),
 ]
-TrainedConfig = Annotated[SpectralConfig | FactorisationConfig | TransformerConfig, Field(discriminator="kind")]
+TrainedConfig = Annotated[
+    SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig, Field(discriminator="kind")
+]
 """Models that an experiment may release; popularity comes from counts and is always a row beside them."""
-AnyModelConfig = PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig
+AnyModelConfig = PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig

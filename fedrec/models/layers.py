@@ -94,7 +94,8 @@ def layer_norm(
     if weight.stride(0) == 0:
         shared: Tensor = _SharedNorm.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return shared
-    return torch.addcmul(bias[:, None], F.layer_norm(x, x.shape[-1:]), weight[:, None])
+    ones = torch.ones(x.shape[-1])  # with a weight, torch takes a path of twice the speed
+    return torch.addcmul(bias[:, None], F.layer_norm(x, x.shape[-1:], ones), weight[:, None])
 
 
 def rows(table: Float[Tensor, "*own n d"], numbers: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
@@ -192,18 +193,18 @@ class _SharedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        normal, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-5)
-        ctx.save_for_backward(x, weight, mean, scale, normal)
-        return torch.addcmul(bias[0], normal, weight[0])
+        out, mean, scale = torch.native_layer_norm(x, x.shape[-1:], weight[0], bias[0], 1e-5)
+        ctx.save_for_backward(x, weight, mean, scale)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         (out,) = gradients
-        x, weight, mean, scale, normal = ctx.saved_tensors
+        x, weight, mean, scale = ctx.saved_tensors
         dx = torch.ops.aten.native_layer_norm_backward(
             out, x, x.shape[-1:], mean, scale, weight[0], None, [True, False, False]
         )[0]
-        return dx, normal.mul_(out).sum(1), out.sum(1)
+        return dx, (x - mean).mul_(scale).mul_(out).sum(1), out.sum(1)
 
 
 class _OwnDistance(torch.autograd.Function):

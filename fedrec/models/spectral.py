@@ -46,10 +46,12 @@ class Spectral(Recommender):
     def encode(self, items: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         """Return the scaled user vectors of both parts, and the weight of popularity."""
         age = mask.flip(1).cumsum(1).flip(1) - 1
-        weight = torch.where(mask, self.settings.decay ** age.float(), 0.0)
+        decays = (self.settings.decay, self.settings.feature_decay or self.settings.decay)
+        weights = (torch.where(mask, decay ** age.float(), 0.0) for decay in decays)
         parts = (
-            _standard(torch.einsum("bl,bld->bd", weight, table[items]), spread) * factor
-            for table, spread, factor in zip(
+            standard(torch.einsum("bl,bld->bd", weight, table[items]), spread) * factor
+            for weight, table, spread, factor in zip(
+                weights,
                 (self.items, self.features),
                 (self.item_spread, self.feature_spread),
                 (self.settings.item_weight, self.settings.feature_weight),
@@ -93,7 +95,7 @@ class Spectral(Recommender):
         return self._rows
 
 
-def _standard(users: Float[Tensor, "b d"], covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d"]:
+def standard(users: Float[Tensor, "b d"], covariance: Float[Tensor, "d d"]) -> Float[Tensor, "b d"]:
     """Return user vectors whose scores have spread 1 over the items; a vector of zeros stays one."""
     variance = ((users @ covariance) * users).sum(1, keepdim=True)
     return users * torch.where(variance > 0, variance.clamp(min=1e-30).rsqrt(), 0.0)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedrec.errors import BudgetExhausted, PrivacyError
 from fedrec.privacy.accounting import check_epsilon, epsilon
-from fedrec.privacy.events import AnyEvent, Event, GaussianEvent
+from fedrec.privacy.events import AnyEvent, Event, GaussianEvent, MatrixEvent
 from fedrec.random import Key
 
 VERSION = 1
@@ -48,12 +48,12 @@ class Entry(BaseModel):
 class Charge:
     """A receipt: made by `PrivacyLedger.charge` alone, good for one release of the event that it names."""
 
-    def __init__(self, entry: Entry, _made_by: object) -> None:
-        """Only the ledger makes receipts."""
+    def __init__(self, entry: Entry, _made_by: object, used: int = 0) -> None:
+        """Only the ledger makes receipts; `used` of the releases were taken before."""
         if _made_by is not _LEDGER:
             raise PrivacyError("A charge is made by PrivacyLedger.charge, which writes it down first.")
         self.entry = entry
-        self._used = 0
+        self._used = used
 
     def key(self, root: Key) -> Key:
         """Return the key of this charge's noise and cohort: another one for every attempt, so nothing is reused."""
@@ -187,6 +187,29 @@ class PrivacyLedger:
         for other in [known for known in self._room if known != event]:
             del self._room[other]
         return Charge(entry, _LEDGER)
+
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a ledger in memory."""
+        return self._path
+
+    def last(self, name: str) -> Entry | None:
+        """Return the newest charge of this name, None if there is none."""
+        return next((entry for entry in reversed(self._entries) if entry.name == name), None)
+
+    def reopened(self, entry: Entry, used: int) -> Charge:
+        """Return the receipt of a stage of correlated noise that a process left which died.
+
+        Args:
+            entry: the charge, as the ledger holds it.
+            used: rounds of it that may have been released.
+
+        Raises:
+            PrivacyError: the ledger does not hold it, or it paid for anything but a stage.
+        """
+        if not isinstance(entry.event, MatrixEvent) or entry not in self._entries:
+            raise PrivacyError(f"'{entry.name}' is no stage that this ledger paid for; a retry pays again.")
+        return Charge(entry, _LEDGER, used)
 
     def entries(self) -> tuple[Entry, ...]:
         """Return every charge, oldest first."""

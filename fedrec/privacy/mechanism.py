@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,10 @@ from fedrec.params import Array, Params
 from fedrec.privacy.clip import clip_factors
 from fedrec.privacy.events import GaussianEvent
 from fedrec.privacy.ledger import Charge
-from fedrec.privacy.noise import NoiseSource
+from fedrec.privacy.noise import NoiseSource, Shape
+
+Draw = Callable[[str, Shape], NDArray[np.float64]]
+"""Gives the noise of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,29 @@ class GaussianMechanism:
             PrivacyError: the charge is for another release or was used before, the total is not finite, or the cohort
                 is no number above 0.
         """
-        if not (expected_cohort > 0 and np.isfinite(expected_cohort)):
-            raise PrivacyError(f"The expected cohort must be a number above 0, not {expected_cohort:g}.")
-        broken = named.non_finite(total)
-        if broken:
-            raise PrivacyError(f"'{broken[0]}' is not finite, so no noise can hide anybody in it.")
+        check_releasable(total, expected_cohort)
         charge.use(self.noise_multiplier, self.clip_norm)
         deviation = self.clip_norm * self.noise_multiplier
-        return {
-            name: ((value + deviation * noise.normal(value.shape)) / expected_cohort).astype(
-                value.dtype if value.dtype.kind == "f" else np.float64
-            )
-            for name, value in total.items()
-        }
+        return noisy_mean(total, expected_cohort, lambda name, shape: deviation * noise.normal(shape))
+
+
+def check_releasable(total: Params, expected_cohort: float) -> None:
+    """Raise `PrivacyError` for a sum that no noise can hide anybody in, or a cohort that is no number above 0."""
+    if not (expected_cohort > 0 and np.isfinite(expected_cohort)):
+        raise PrivacyError(f"The expected cohort must be a number above 0, not {expected_cohort:g}.")
+    broken = named.non_finite(total)
+    if broken:
+        raise PrivacyError(f"'{broken[0]}' is not finite, so no noise can hide anybody in it.")
+
+
+def noisy_mean(total: Params, expected_cohort: float, draw: Draw) -> dict[str, Array]:
+    """Return ``(total + noise) / expected_cohort`` in the dtypes of `total`, whole numbers as float64.
+
+    The noise is added in float64. It pays nothing: mechanisms call it once their charge is used.
+    """
+    return {
+        name: ((value + draw(name, value.shape)) / expected_cohort).astype(
+            value.dtype if value.dtype.kind == "f" else np.float64
+        )
+        for name, value in total.items()
+    }

@@ -45,13 +45,7 @@ class SecureNoise:
 
     def normal(self, shape: Shape) -> NDArray[np.float64]:
         """Return independent standard normal numbers."""
-        size = math.prod(shape)
-        u = system_uniforms(2 * size)
-        radius = np.sqrt(-2.0 * np.log(u[:size]))
-        angle = (2.0 * math.pi) * u[size:]
-        # Sines are handed on by one place: each number has its sine and its cosine from two draws, and uses each once.
-        total = radius * np.cos(angle) + np.roll(radius * np.sin(angle), 1)
-        return (total * math.sqrt(0.5)).reshape(tuple(shape)) if size != 1 else _single_normal().reshape(tuple(shape))
+        return box_muller(system_uniforms, shape)
 
     def discrete_gaussian(self, sigma: float, shape: Shape) -> NDArray[np.int64]:
         """Return discrete Gaussian numbers."""
@@ -76,19 +70,57 @@ class SeededNoise:
         return discrete_gaussian(lambda n: 1.0 - self._generator.random(n), sigma, shape)
 
 
+class KeyedNoise:
+    """The noise of `SecureNoise` from a secret key instead, so that whoever has the key can make it again."""
+
+    label = "secret key"
+
+    def __init__(self, key: Key) -> None:
+        """Start the stream that `key` names; each call goes on in it."""
+        self._key = key
+        self._calls = 0
+
+    def normal(self, shape: Shape) -> NDArray[np.float64]:
+        """Return independent standard normal numbers."""
+        return box_muller(self._uniforms, shape)
+
+    def discrete_gaussian(self, sigma: float, shape: Shape) -> NDArray[np.int64]:
+        """Return discrete Gaussian numbers."""
+        return discrete_gaussian(self._uniforms, sigma, shape)
+
+    def _uniforms(self, n: int) -> NDArray[np.float64]:
+        self._calls += 1
+        return keyed_uniforms(self._key.child("call", self._calls).data, n)
+
+
 def system_uniforms(n: int) -> NDArray[np.float64]:
     """Return n numbers in (0, 1] from a ChaCha20 stream that is keyed by the operating system and used once."""
+    return keyed_uniforms(os.urandom(32), n)
+
+
+def keyed_uniforms(key: bytes, n: int) -> NDArray[np.float64]:
+    """Return n numbers in (0, 1] from the ChaCha20 stream of a key of 32 bytes that is used for nothing else."""
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-    stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
+    stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     bits = np.frombuffer(stream.update(bytes(8 * n)), np.uint64)
     return ((bits >> np.uint64(11)).astype(np.float64) + 1.0) * (1.0 / (1 << 53))
 
 
-def _single_normal() -> NDArray[np.float64]:
-    u = system_uniforms(4)
-    pair = np.sqrt(-2.0 * np.log(u[:2])) * np.cos((2.0 * math.pi) * u[2:])
-    return np.asarray(pair.sum() * math.sqrt(0.5))
+def box_muller(uniforms: Uniforms, shape: Shape) -> NDArray[np.float64]:
+    """Return independent standard normal numbers, each the scaled sum of two from different draws."""
+    size = math.prod(shape)
+    if size == 1:
+        u = uniforms(4)
+        pair = np.sqrt(-2.0 * np.log(u[:2])) * np.cos((2.0 * math.pi) * u[2:])
+        return np.asarray(pair.sum() * math.sqrt(0.5)).reshape(tuple(shape))
+    u = uniforms(2 * size)
+    radius = np.sqrt(-2.0 * np.log(u[:size]))
+    angle = (2.0 * math.pi) * u[size:]
+    # Sines are handed on by one place: each number has its sine and its cosine from two draws, and uses each once.
+    total = radius * np.cos(angle) + np.roll(radius * np.sin(angle), 1)
+    scaled: NDArray[np.float64] = (total * math.sqrt(0.5)).reshape(tuple(shape))
+    return scaled
 
 
 def discrete_gaussian(uniforms: Uniforms, sigma: float, shape: Shape) -> NDArray[np.int64]:

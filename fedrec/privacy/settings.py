@@ -52,6 +52,39 @@ class SecureSum(_Settings):
         return self
 
 
+class IndependentNoise(_Settings):
+    """Fresh noise in every round; the guarantee rests on Poisson sampling."""
+
+    kind: Literal["independent"] = "independent"
+
+
+class BandedNoise(_Settings):
+    """Noise that is correlated over rounds, so that it cancels in their sum, and that needs no sampling.
+
+    Cohorts take turns. All rounds of a slice are one release, and `privacy.fit` is the noise multiplier of all of it.
+    """
+
+    kind: Literal["banded"] = "banded"
+    band: int = Field(default=8, ge=1)
+    """Over how many rounds noise is correlated, at most `training.cohort.groups`; the server keeps so many copies of
+    the parameters, less one, in 64 bits. 1 is independent noise without sampling."""
+
+
+class AdaptiveClipping(_Settings):
+    """The clip norm of training follows a quantile of the lengths of people's updates, learnt from a noised count.
+
+    `training.local.clip_norm` is the first one.
+    """
+
+    quantile: float = Field(default=0.5, gt=0, lt=1)
+    """Share of people whose updates should be within the clip norm."""
+    learning_rate: float = Field(default=0.2, gt=0)
+    """How fast the clip norm moves: by at most this factor's exponential in a round."""
+    count_noise: float | None = Field(default=None, gt=0)
+    """Standard deviation of the noise of the count, in people; above half of `privacy.fit` times its scale. None: a
+    twentieth of the expected cohort, or the noise multiplier if that is more."""
+
+
 class UserLevelPrivacy(_Settings):
     """What both modes share in which the sum over people gets noise.
 
@@ -93,6 +126,11 @@ class CentralPrivacy(UserLevelPrivacy):
     """The server is trusted: nodes clip and add up, the server adds the noise to the sum."""
 
     mode: Literal["central"] = "central"
+
+    fit_noise: Annotated[IndependentNoise | BandedNoise, Field(discriminator="kind")] = IndependentNoise()
+    """How the noise of rounds of training is drawn."""
+    adaptive: AdaptiveClipping | None = None
+    """Learn the clip norm of training; None: it stays what `training.local.clip_norm` says."""
 
 
 class DistributedPrivacy(UserLevelPrivacy):

@@ -81,11 +81,13 @@ class Expectation:
         max_clients: how many clients were asked.
         norm_bound: L2 bound of one client's contribution, or None where there is none; a lossy codec's slack comes on
             top, so that exactly those sums pass which may have been within the bound before they were encoded.
+        counts: statistics that say of how many of the clients something holds.
     """
 
     shapes: Shapes
     max_clients: int
     norm_bound: float | None = None
+    counts: tuple[str, ...] = ()
 
     def check(self, tally: Tally) -> None:
         """Raise `TallyRefused` with the first thing that is wrong; finite before norm, for NaN passes any bound."""
@@ -93,6 +95,9 @@ class Expectation:
             raise TallyRefused(f"it counts {tally.n_clients} clients where {self.max_clients} were asked")
         if not all(math.isfinite(value) for value in tally.stats.values()):
             raise TallyRefused("its statistics are not finite")
+        for name in self.counts:
+            if not 0 <= tally.stats.get(name, 0.0 if tally.n_clients == 0 else -1.0) <= tally.n_clients:
+                raise TallyRefused(f"its statistic '{name}' counts more clients than there are, or is missing")
         if tally.n_clients == 0 and not tally.sums:
             return
         if tally.sums.keys() != self.shapes.keys():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.data.slices import Window
 from fedrec.privacy.settings import LocalNoise
+from fedrec.random import Key
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class _Settings(BaseModel):
@@ -25,12 +30,36 @@ class LocalTraining(_Settings):
     """L2 bound of one client's whole update; longer ones are scaled down to it."""
 
 
+class Turn(_Settings):
+    """Which of several groups takes part; a client's group is a hash of the key and of the client's own number."""
+
+    groups: int = Field(ge=1)
+    """How many groups there are."""
+    group: int = Field(ge=0)
+    """The one whose turn it is."""
+    key: str = Field(pattern="^[0-9a-f]{64}$")
+    """Of the hash; the same in all rounds of a slice."""
+
+    def taken(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which of the clients take part: [c] numbers that name the clients -> [c].
+
+        Whether one does depends on nobody else, so a person who joins or leaves changes no other's turn.
+        """
+        import numpy as np
+
+        groups = np.uint64(self.groups)
+        drawn: NDArray[np.bool_] = Key.from_hex(self.key).bits(ids, 1)[:, 0] % groups == np.uint64(self.group)
+        return drawn
+
+
 class FitTask(_Settings):
     """Train a copy of the model on the interactions in the window; contribute new minus old parameters."""
 
     kind: Literal["fit"] = "fit"
     window: Window
     local: LocalTraining = LocalTraining()
+    turn: Turn | None = None
+    """Only those of the planned clients take part whose turn it is; None: all of them."""
     private: LocalNoise | None = None
     """Noise that the client itself adds before anything leaves it; None: it sends its exact update."""
 
@@ -51,7 +80,7 @@ class CooccurrenceSettings(_Settings):
 
     sketch: Literal["pairs", "features"] = "pairs"
     """"pairs": M itself, twice, once weighted for the features, sparse, to a trusted server that projects; "features":
-    the dense triangle in feature space, which tells nothing of single items and can be masked."""
+    the dense triangle in feature space, which can be masked; one that is not betrays which items are likely."""
     item_share: float = Field(default=0.75, ge=0, le=1)
     """Share of the squared norm that goes to M; must be 0 in a sketch of features."""
     feature_share: float = Field(default=0.22, ge=0, le=1)

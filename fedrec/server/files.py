@@ -28,12 +28,13 @@ _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.fedrec-tmp")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Write a file so that a reader sees its old bytes or all of its new ones, and so that they survive a power cut.
 
     Args:
         path: the file; its folder must exist.
         data: the new content.
+        mode: permissions, from which the process's mask is taken.
 
     Raises:
         RegistryError: the disk is full, the place may not be written, or the system refused otherwise. The old file is
@@ -41,7 +42,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temp = temporary(path)
     try:
-        _write(temp, data)
+        _write(temp, data, mode)
         os.replace(temp, path)
         _sync(path.parent)
     except OSError as error:
@@ -213,8 +214,8 @@ def _unreadable(path: Path, error: OSError) -> RegistryError:
     return RegistryError(f"Cannot read '{path}' ({error.strerror}); check its permissions and the disk.")
 
 
-def _write(path: Path, data: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+def _write(path: Path, data: bytes, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         rest = memoryview(data)
         while rest:  # one call writes at most 2 GiB

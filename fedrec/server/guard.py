@@ -6,16 +6,21 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from fedrec.config import Experiment, PoissonCohort
+from fedrec.config import Experiment, PoissonCohort, TurnCohort
 from fedrec.errors import PrivacyError
+from fedrec.models.configs import BlendConfig
+from fedrec.params import Params
 from fedrec.privacy.accounting import calibrate
-from fedrec.privacy.events import Event, GaussianEvent
+from fedrec.privacy.adaptive import AdaptiveMechanism, count_noise
+from fedrec.privacy.events import Event, GaussianEvent, MatrixEvent
 from fedrec.privacy.ledger import Charge, PrivacyLedger
+from fedrec.privacy.matrix import BandedMechanism, optimised
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.noise import NoiseSource, SecureNoise, SeededNoise
-from fedrec.privacy.settings import DistributedPrivacy, UserLevelPrivacy
+from fedrec.privacy.settings import AdaptiveClipping, BandedNoise, CentralPrivacy, DistributedPrivacy, UserLevelPrivacy
 from fedrec.protocol.codec import AnyCodec, Plain, Sparse
 from fedrec.random import Key
+from fedrec.server.stages import Stages
 
 JUDGED = 2
 """Recommenders whose metrics a private run asks for after a slice: the release and popularity."""
@@ -31,6 +36,7 @@ class Guard:
         scale: factor on all noise multipliers, see `calibrated`.
         root: where noise and cohorts come from in a simulation; None: the operating system's generator.
         population: public number of people in the first slice and in later ones.
+        stages: correlated noise, if the experiment asks for it.
     """
 
     settings: UserLevelPrivacy
@@ -38,6 +44,7 @@ class Guard:
     scale: float
     root: Key | None
     population: tuple[int, int]
+    stages: Stages
 
     def people(self, slice_index: int) -> int:
         """Return the public number of people in a slice."""
@@ -55,6 +62,16 @@ class Guard:
         """Return the mechanism of a purpose, its noise multiplier calibrated."""
         return GaussianMechanism(clip_norm, multiplier * self.scale)
 
+    def adaptive(self, settings: AdaptiveClipping, clip_norm: float, expected_cohort: float) -> AdaptiveMechanism:
+        """Return the mechanism of a round that learns its clip norm."""
+        multiplier = self.settings.fit * self.scale
+        return AdaptiveMechanism(clip_norm, multiplier, count_noise(settings, expected_cohort, multiplier))
+
+    def banded(self, settings: BandedNoise, clip_norm: float, rounds: int, groups: int) -> BandedMechanism:
+        """Return the mechanism of a stage of correlated noise."""
+        strategy = optimised(rounds, settings.band, groups)
+        return BandedMechanism(clip_norm, self.settings.fit * self.scale, strategy)
+
     def secret(self, charge: Charge) -> Key:
         """Return what the cohort of a charge is drawn from; nobody who sees the plan can derive it."""
         return Key(os.urandom(32)) if self.root is None else charge.key(self.root)
@@ -62,6 +79,9 @@ class Guard:
     def noise(self, secret: Key) -> NoiseSource:
         """Return the noise of a charge."""
         return SecureNoise() if self.root is None else SeededNoise(secret.child("noise"))
+
+    def told(self, charge: Charge, rate: float, expected_cohort: float, released: Params) -> None:
+        """Do nothing: an auditor's guard listens here to every release of a sum, see `fedrec.audit`."""
 
 
 def planned(experiment: Experiment, population: tuple[int, int], scale: float) -> list[tuple[str, Event]]:
@@ -82,7 +102,13 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
             noise = settings.statistics * scale
             events.append((f"slice {index}: co-occurrence statistic", GaussianEvent(noise_multiplier=noise)))
         if stage.rounds:
-            events.append((f"slice {index}: {stage.rounds} rounds", _fitting(experiment, population, index, scale)))
+            event = _fitting(experiment, population, index, scale)
+            events.append((f"slice {index}: {stage.rounds} rounds{_correlated(event)}", event))
+        if isinstance(experiment.model, BlendConfig):
+            tried = GaussianEvent(
+                noise_multiplier=settings.metrics_noise * scale, count=1 + len(experiment.model.weights)
+            )
+            events.append((f"slice {index}: validation of the fit", tried))
         if settings.metrics == "private":
             noise = settings.metrics_noise * scale
             events.append((f"slice {index}: metrics", GaussianEvent(noise_multiplier=noise, count=JUDGED)))
@@ -125,13 +151,51 @@ def _claimed(settings: UserLevelPrivacy, rate: float) -> float:
     return 1.0 if isinstance(settings, DistributedPrivacy) and settings.against == "server" else rate
 
 
+def banded_noise(settings: UserLevelPrivacy) -> BandedNoise | None:
+    """Return how noise is correlated, None where it is not."""
+    found = settings.fit_noise if isinstance(settings, CentralPrivacy) else None
+    return found if isinstance(found, BandedNoise) else None
+
+
+def adaptive_clipping(settings: UserLevelPrivacy) -> AdaptiveClipping | None:
+    """Return how the clip norm is learnt, None where it is fixed."""
+    return settings.adaptive if isinstance(settings, CentralPrivacy) else None
+
+
+def _correlated(event: Event) -> str:
+    """Return what a plan says of correlated noise."""
+    if not isinstance(event, MatrixEvent):
+        return ""
+    return (
+        f", one release: noise correlated over {event.band}, each person every {event.min_separation} rounds, "
+        f"{event.max_participations} times at most"
+    )
+
+
 def _fitting(experiment: Experiment, population: tuple[int, int], index: int, scale: float) -> Event:
     settings, training = user_level(experiment), experiment.training
     stage = training.base if index == 0 else training.later
+    banded = banded_noise(settings)
+    if banded is not None:
+        if not isinstance(training.cohort, TurnCohort):
+            raise PrivacyError(
+                'Correlated noise needs people to take part at known distances; set training.cohort.kind to "turns".'
+            )
+        if adaptive_clipping(settings) is not None:
+            raise PrivacyError(
+                "Correlated noise only cancels between rounds of the same clip norm; leave out privacy.adaptive."
+            )
+        strategy = optimised(stage.rounds, banded.band, training.cohort.groups)
+        return BandedMechanism(training.local.clip_norm, settings.fit * scale, strategy).event()
+    if isinstance(training.cohort, TurnCohort):
+        raise PrivacyError(
+            "People who take turns are not sampled, which independent noise relies on; set privacy.fit_noise.kind to "
+            '"banded" (in mode "central"; a band of 1 is independent noise).'
+        )
     if not isinstance(training.cohort, PoissonCohort):
         raise PrivacyError(
             'A cohort of fixed size cannot be accounted as Poisson sampling; set training.cohort.kind to "poisson", '
-            'or privacy.fit.kind to "banded", which needs no sampling.'
+            'or to "turns" with privacy.fit_noise.kind = "banded", which needs no sampling.'
         )
     rate = min(1.0, training.cohort.expected / population[min(index, 1)])
     return GaussianEvent(noise_multiplier=settings.fit * scale, sampling=_claimed(settings, rate), count=stage.rounds)
@@ -140,11 +204,25 @@ def _fitting(experiment: Experiment, population: tuple[int, int], index: int, sc
 def calibrated(experiment: Experiment, population: tuple[int, int]) -> float:
     """Return the factor on all noise multipliers with which the planned life spends the budget and no more."""
     settings = user_level(experiment)
-    if not settings.calibrate:
-        return 1.0
-    return calibrate(
-        lambda scale: [event for _, event in planned(experiment, population, scale)], settings.epsilon, settings.delta
-    )
+    scale = 1.0
+    if settings.calibrate:
+        scale = calibrate(
+            lambda scale: [event for _, event in planned(experiment, population, scale)],
+            settings.epsilon,
+            settings.delta,
+        )
+    _check_count(experiment, population, scale)
+    return scale
+
+
+def _check_count(experiment: Experiment, population: tuple[int, int], scale: float) -> None:
+    """Refuse a count of unclipped updates that would cost more than its round, before anything is sent."""
+    settings, training = user_level(experiment), experiment.training
+    adaptive = adaptive_clipping(settings)
+    if adaptive is not None and isinstance(training.cohort, PoissonCohort):
+        multiplier = settings.fit * scale
+        cohort = min(training.cohort.expected, *population)
+        AdaptiveMechanism(training.local.clip_norm, multiplier, count_noise(adaptive, cohort, multiplier))
 
 
 def user_level(experiment: Experiment) -> UserLevelPrivacy:
@@ -170,7 +248,7 @@ def guard_of(experiment: Experiment, ledger: PrivacyLedger, n_people: int) -> Gu
     settings = user_level(experiment)
     population = populations(settings, n_people)
     root = None if settings.noise == "system" else Key.from_seed(experiment.seed).child("privacy")
-    return Guard(settings, ledger, calibrated(experiment, population), root, population)
+    return Guard(settings, ledger, calibrated(experiment, population), root, population, Stages(ledger, root))
 
 
 def populations(settings: UserLevelPrivacy, n_people: int) -> tuple[int, int]:
@@ -196,8 +274,8 @@ def statement(guard: Guard) -> dict[str, Any]:
         "statement": (
             f"User-level differential privacy, mode {settings.mode}; adjacency: add or remove one person with the "
             f"whole history. {_trust(settings)} "
-            "In rounds of training every eligible person is sampled independently (Poisson); "
-            "the number of people is public. Accounted over the whole life with privacy loss distributions. "
+            f"{_rounds(settings)} The number of people is public. "
+            "Accounted over the whole life with privacy loss distributions. "
             f"{metrics} {drawn} Settings that were tuned on this data are not accounted for."
         ),
         "unit": "user",
@@ -210,6 +288,17 @@ def statement(guard: Guard) -> dict[str, Any]:
         "metrics": settings.metrics,
         "scale": guard.scale,
     }
+
+
+def _rounds(settings: UserLevelPrivacy) -> str:
+    """Return what is believed of who takes part in training."""
+    banded = banded_noise(settings)
+    if banded is None:
+        return "In rounds of training every eligible person is sampled independently (Poisson)."
+    return (
+        f"Rounds of training carry noise that is correlated over {banded.band} of them; people take turns, and nothing "
+        "is claimed from sampling."
+    )
 
 
 def _trust(settings: UserLevelPrivacy) -> str:

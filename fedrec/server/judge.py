@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedrec.data.slices import TimeSlice, TimeWindow
 from fedrec.evaluation.intervals import Estimate, difference, summarise
 from fedrec.evaluation.metrics import GROUPS, metric_names, private_names, private_norm
-from fedrec.models.build import build
+from fedrec.models.build import build, trained
 from fedrec.models.configs import AnyModelConfig, PopularityConfig
 from fedrec.models.recommender import get_params
 from fedrec.params import Params
@@ -235,9 +235,10 @@ def local_only_contender(recipe: Recipe, time_slice: TimeSlice) -> Contender:
     window = time_slice.train
     if isinstance(window, TimeWindow):
         window = TimeWindow(start=-(2**62), end=window.end)
+    model = trained(experiment.model)
     return Contender(
-        experiment.model,
-        initial(experiment.model, time_slice.n_items, recipe),
+        model,
+        initial(model, time_slice.n_items, recipe),
         FitTask(window=window, local=experiment.evaluation.local_only.training),
         experiment.evaluation.local_only.people,
     )

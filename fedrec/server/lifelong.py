@@ -15,7 +15,9 @@ from fedrec.config import Experiment, StatisticsConfig
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.features import item_features
 from fedrec.data.slices import TimeSlice
-from fedrec.models.configs import PopularityConfig, SpectralConfig
+from fedrec.models.blend import started
+from fedrec.models.build import trained
+from fedrec.models.configs import BlendConfig, PopularityConfig, SpectralConfig
 from fedrec.params import Params
 from fedrec.privacy.settings import LocalPrivacy
 from fedrec.protocol.codec import Plain
@@ -24,6 +26,7 @@ from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
+from fedrec.server.adopt import adopted, release_of
 from fedrec.server.gather import Gathered, Roster, gather
 from fedrec.server.guard import Guard, statement
 from fedrec.server.judge import (
@@ -112,6 +115,8 @@ def run_stream(
         state = _learn(state, link, time_slice, recipe, desk)
         desk.observe(Event("evaluate", {"slice": time_slice.index}))
         began = recipe.clock()
+        if isinstance(recipe.experiment.model, BlendConfig):
+            state = adopted(state, recipe.experiment.model, time_slice, link, recipe)
         verdict = _verdict(state, link, time_slice, recipe, desk.registry)
         verdict["seconds"] = round(recipe.clock() - began, 3)
         state, release = _publish(state, time_slice, verdict, recipe, desk)
@@ -143,7 +148,7 @@ def _begin(
     state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster, desk: Desk
 ) -> ServerState:
     """Make room for new items and add the slice's popularity counts."""
-    model, began = recipe.experiment.model, recipe.clock()
+    model, began = trained(recipe.experiment.model), recipe.clock()
     params = (
         grown(model, state.released, time_slice.n_items, recipe)
         if state.params
@@ -156,13 +161,13 @@ def _begin(
     total += counted.sums.get("counts", 0.0)
     spent = counted
     if recipe.experiment.training.statistics is not None:
-        statistic, params, gathered = _statistic(state, link, time_slice, recipe, roster, desk, params)
+        statistic, prior, params, gathered = _statistic(state, link, time_slice, recipe, roster, desk, params)
         spent = replace(
             counted,
             bytes_down=counted.bytes_down + gathered.bytes_down,
             bytes_up=counted.bytes_up + gathered.bytes_up,
         )
-        state = state.advanced(statistic=statistic)
+        state = state.advanced(statistic=statistic, prior=prior, adoption={})
     return state.advanced(
         params=params,
         average={},
@@ -186,8 +191,12 @@ def _statistic(
     roster: Roster,
     desk: Desk,
     params: Params,
-) -> tuple[Params, Params, Gathered]:
-    """Gather the slice's statistic, add it to the ones before, and make the spectral model from all of it."""
+) -> tuple[Params, Params, Params, Gathered]:
+    """Gather the slice's statistic, add it to the ones before, and make the spectral model from all of it.
+
+    Returns:
+        the statistic of all slices so far; the parameters of a blend's prior; those that rounds train; what was asked.
+    """
     settings = recipe.experiment.training.statistics or StatisticsConfig()
     n_items = time_slice.n_items
     task = settings.task(time_slice.train)
@@ -214,12 +223,20 @@ def _statistic(
         mechanism = guard.mechanism(guard.settings.statistics, 1.0)
         prepare = partial(projected, features)
         got = private_gather(guard, name, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout, prepare)
+        variance = np.full(1, (mechanism.clip_norm * mechanism.noise_multiplier) ** 2, np.float32)
+        got = replace(got, sums={**got.sums, "variance": variance})
     before = state.releases[-1]["n_items"] if state.releases else n_items
     total = added(grown_statistic(state.statistic, before, n_items), got.sums)
     model = recipe.experiment.model
     if isinstance(model, SpectralConfig) and total:
         params = spectral_params(total, model, features, n_items)
-    return total, params, got
+    prior: Params = {}
+    if isinstance(model, BlendConfig):
+        empty = {"counts": np.zeros(n_items, np.float32)}
+        prior = spectral_params(total or empty, model.prior, features, n_items)
+        if not state.params and model.start == "prior":
+            params = started(prior, params, model)
+    return total, prior, params, got
 
 
 def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> Gathered:
@@ -248,7 +265,7 @@ def _verdict(
 ) -> dict[str, Any]:
     """Evaluate the new release beside the previous one, popularity and local-only."""
     model = recipe.experiment.model
-    contenders = {"release": Contender(model, state.released)}
+    contenders = {"release": Contender(model, release_of(state, model))}
     private = recipe.guard is not None and recipe.guard.settings.metrics == "private"
     if state.parent is not None and not private:
         contenders["previous"] = Contender(model, registry.load(state.parent).params)
@@ -275,8 +292,9 @@ def _publish(
 ) -> tuple[ServerState, Release]:
     """Write the release, and move the state on to the next slice."""
     experiment = recipe.experiment
+    params = release_of(state, experiment.model)
     release = desk.registry.publish(
-        state.released,
+        params,
         desk.catalog.prefix(time_slice.n_items),
         run=state.run,
         slice=time_slice.index,
@@ -303,7 +321,8 @@ def _publish(
         "seconds": round(sum(r["seconds"] for r in own), 3),
         "bytes_down": sum(r["bytes_down"] for r in own),
         "bytes_up": sum(r["bytes_up"] for r in own),
-        "client_bytes": named.n_bytes(state.released),
+        "client_bytes": named.n_bytes(params),
+        "adoption": dict(state.adoption) or None,
         "overhead": {name: spent + verdict[name] for name, spent in state.overhead.items()},
         "refused": verdict["refused"],
         "epsilon": _spent(recipe),

@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.params import Params
+from fedrec.params import Array, Params
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import DistributedPrivacy
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
+from fedrec.random import Key
 from fedrec.server.gather import Gathered, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.secure import secure_gather
@@ -66,16 +67,30 @@ def private_gather(
     event = mechanism.event(guard.charged(rate))
     charge = guard.ledger.charge(name, event, clip_norm=mechanism.clip_norm)
     secret = guard.secret(charge)
-    everyone = np.arange(roster.n_clients, dtype=np.int64)
-    places = everyone if rate >= 1.0 else everyone[secret.child("cohort").uniforms(everyone, 1)[:, 0] < rate]
+    places = drawn(secret, roster, rate)
     if isinstance(guard.settings, DistributedPrivacy):
         seed = None if guard.root is None else secret
         got: Gathered = secure_gather(
             link, roster, places, plan_for, shapes, mechanism, charge, guard.settings.secure_sum, timeout_seconds, seed
         )
-        return replace(got, sums=named.scale(got.sums, 1.0 / expected_cohort))
+        released = named.scale(got.sums, 1.0 / expected_cohort)
+        guard.told(charge, rate, expected_cohort, released)
+        return replace(got, sums=released)
     bound = mechanism.clip_norm if prepare is None else None
     got = gather(link, roster, places, plan_for, lambda n: Expectation(shapes, n, bound), timeout_seconds)
-    total = got.sums or {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    total = got.sums or zeros(shapes)
     total = total if prepare is None else prepare(total, got.n_clients)
-    return replace(got, sums=mechanism.noised(total, expected_cohort, charge, guard.noise(secret)), stats={})
+    released = mechanism.noised(total, expected_cohort, charge, guard.noise(secret))
+    guard.told(charge, rate, expected_cohort, released)
+    return replace(got, sums=released, stats={})
+
+
+def drawn(secret: Key, roster: Roster, rate: float) -> NDArray[np.int64]:
+    """Return the places of a Poisson sample of all eligible clients; everybody from rate 1 on."""
+    everyone = np.arange(roster.n_clients, dtype=np.int64)
+    return everyone if rate >= 1.0 else everyone[secret.child("cohort").uniforms(everyone, 1)[:, 0] < rate]
+
+
+def zeros(shapes: Shapes) -> dict[str, Array]:
+    """Return the sum of nobody."""
+    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}

@@ -10,20 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.config import Experiment, PoissonCohort
+from fedrec.config import Experiment, TurnCohort
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
-from fedrec.errors import FedrecError, MaskingError, PrivacyError, RunError, TallyRefused
-from fedrec.protocol.codec import Shapes
+from fedrec.errors import FedrecError, RunError, TallyRefused
+from fedrec.models.build import trained
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.tally import Expectation
-from fedrec.protocol.task import FitTask
+from fedrec.protocol.task import FitTask, Turn
 from fedrec.random import Key
 from fedrec.server import optimizer
-from fedrec.server.gather import Gathered, Roster, gather
+from fedrec.server.gather import Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.local import LocalMode
-from fedrec.server.private import private_gather
+from fedrec.server.private_fit import Place, private_fit
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState
 
@@ -83,10 +83,16 @@ def run_round(
     began = recipe.clock()
     training = recipe.experiment.training
     key = round_key(recipe.experiment, time_slice.index, state.round)
-    mode, bound = recipe.local, training.local.clip_norm
-    if mode is not None:
-        bound = mode.fit_bound(training.local, state.params)
-    task = FitTask(window=time_slice.train, local=training.local, private=None if mode is None else mode.fit)
+    clip_norm = state.clip_norm or training.local.clip_norm
+    local = training.local.model_copy(update={"clip_norm": clip_norm})
+    mode = recipe.local
+    bound = clip_norm if mode is None else mode.fit_bound(local, state.params)
+    task = FitTask(
+        window=time_slice.train,
+        local=local,
+        turn=turn_of(recipe.experiment, time_slice.index, state.round),
+        private=None if mode is None else mode.fit,
+    )
     shapes = {name: (value.shape, value.dtype) for name, value in state.params.items()}
 
     def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
@@ -94,7 +100,7 @@ def run_round(
             time_slice.index,
             state.round,
             task,
-            recipe.experiment.model,
+            trained(recipe.experiment.model),
             time_slice.n_items,
             state.params,
             key,
@@ -104,7 +110,7 @@ def run_round(
             download=training.download,
         )
 
-    guard = recipe.guard
+    guard, next_clip_norm = recipe.guard, state.clip_norm
     if guard is None:
         got = gather(
             link,
@@ -116,7 +122,8 @@ def run_round(
         )
         mean = named.scale(got.sums, 1.0 / got.n_clients) if got.n_clients else {}
     else:
-        got = private_fit(guard, state, time_slice, task, link, roster, plan_for, shapes, recipe)
+        place = Place(time_slice.index, state.round)
+        got, next_clip_norm = private_fit(guard, recipe.experiment, place, task, link, roster, plan_for, shapes)
         mean = dict(got.sums)
     params, memory, norm = dict(state.params), dict(state.memory), 0.0
     if mean:
@@ -129,6 +136,7 @@ def run_round(
         "round": state.round,
         "task": "fit",
         "loss": got.stats["loss"] / got.n_clients if got.n_clients and "loss" in got.stats else None,
+        "clip_norm": clip_norm,
         "clipped": got.stats.get("clipped", 0.0),
         "cohort": got.cohort,
         "clients": got.n_clients,
@@ -141,42 +149,23 @@ def run_round(
     if mode is not None:
         record["spent"] = got.stats.get("spent", 0.0)
     new = state.advanced(
-        round=state.round + 1, params=params, average=average, memory=memory, rounds=(*state.rounds, record)
+        round=state.round + 1,
+        params=params,
+        average=average,
+        memory=memory,
+        clip_norm=next_clip_norm,
+        rounds=(*state.rounds, record),
     )
     return new, record
 
 
-def private_fit(
-    guard: Guard,
-    state: ServerState,
-    time_slice: TimeSlice,
-    task: FitTask,
-    link: Link,
-    roster: Roster,
-    plan_for: Callable[[NDArray[np.int64]], RoundPlan],
-    shapes: Shapes,
-    recipe: Recipe,
-) -> Gathered:
-    """Gather one round's mean update with noise, divided by the expected cohort; nothing if masks stay shut."""
-    cohort = recipe.experiment.training.cohort
-    if not isinstance(cohort, PoissonCohort):
-        raise PrivacyError('A private round needs Poisson sampling; set training.cohort.kind to "poisson".')
-    rate = guard.rate(time_slice.index, cohort.expected)
-    try:
-        return private_gather(
-            guard,
-            f"slice {time_slice.index}: round {state.round}",
-            guard.mechanism(guard.settings.fit, task.local.clip_norm),
-            rate,
-            rate * guard.people(time_slice.index),
-            link,
-            roster,
-            plan_for,
-            shapes,
-            recipe.experiment.training.timeout_seconds,
-        )
-    except MaskingError as error:
-        return Gathered({}, 0, {}, 0, ({"node": "all", "reason": f"the round is abandoned: {error}"},), 0, 0)
+def turn_of(experiment: Experiment, slice_index: int, round_number: int) -> Turn | None:
+    """Return whose turn it is in a round; None where cohorts are sampled."""
+    cohort = experiment.training.cohort
+    if not isinstance(cohort, TurnCohort):
+        return None
+    key = ServerState.root_key(experiment).child("slice", slice_index, "turns")
+    return Turn(groups=cohort.groups, group=round_number % cohort.groups, key=key.hex())
 
 
 def round_key(experiment: Experiment, slice_index: int, round_number: int) -> Key:

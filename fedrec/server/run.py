@@ -16,11 +16,11 @@ from fedrec import __version__
 from fedrec.config import Experiment, LeaveOneOutSplit
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import make_encoder
-from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices
-from fedrec.errors import ConfigError, RunError
+from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices, with_validation
+from fedrec.errors import ConfigError, PrivacyError, RunError
 from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build
-from fedrec.models.configs import SpectralConfig
+from fedrec.models.configs import BlendConfig, SpectralConfig
 from fedrec.privacy.accounting import check_delta
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.settings import UserLevelPrivacy
@@ -35,6 +35,8 @@ from fedrec.server.state import ServerState
 
 MOST_PAIRED = 8_192
 """Items of which a statistic of all pairs is still gathered: 134 MB."""
+VALIDATION = 0.1
+"""Share of a slice's time that a blend keeps for validation."""
 CHECKPOINT, REPORT, LEDGER = "state.fedrec", "report.html", "ledger.jsonl"
 
 
@@ -84,7 +86,12 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
-    """Return the slices that the experiment asks for."""
+    """Return the slices that the experiment asks for; those of a blend keep a window for validation."""
+    slices = _cut(experiment, dataset)
+    return with_validation(slices, VALIDATION) if isinstance(experiment.model, BlendConfig) else slices
+
+
+def _cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
     split = experiment.split
     if isinstance(split, LeaveOneOutSplit):
         return leave_one_out(dataset.catalog, split.test)
@@ -113,6 +120,13 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
 
 def _check_statistics(experiment: Experiment, dataset: Dataset) -> None:
     training, statistics = experiment.training, experiment.training.statistics
+    if isinstance(experiment.model, BlendConfig) and experiment.privacy.mode == "local":
+        raise ConfigError(
+            'The weight of a blend is chosen by validation, which nobody pays for in mode "local"; set model.kind to '
+            '"spectral" or "transformer".'
+        )
+    if isinstance(experiment.model, BlendConfig) and statistics is None:
+        raise ConfigError("The prior of a blend is made from statistics; add a table [training.statistics].")
     if isinstance(experiment.model, SpectralConfig):
         if statistics is None:
             raise ConfigError("A spectral model is made from statistics; add a table [training.statistics].")
@@ -200,7 +214,11 @@ def _guard(
     if warning:
         observe(Event("note", {"text": warning}))
     ledger = PrivacyLedger(folder.path / LEDGER, epsilon=settings.epsilon, delta=settings.delta)
-    return guard_of(experiment, ledger, n_people)
+    try:
+        return guard_of(experiment, ledger, n_people)
+    except PrivacyError:
+        ledger.close()
+        raise
 
 
 def describe(

@@ -12,6 +12,7 @@ from fedrec.models.configs import SpectralConfig
 from fedrec.params import Array, Params
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.task import CooccurrenceTask
+from fedrec.server.posterior import expected_pairs
 
 Features = NDArray[np.float32]
 _F32 = np.dtype(np.float32)
@@ -55,17 +56,22 @@ def spectral_params(
 
     Args:
         statistic: noised ``items`` [n (n + 1) / 2], ``features`` [r (r + 1) / 2], ``counts`` [n]; what is missing
-            leaves its part at zero.
+            leaves its part at zero; ``variance`` [1] of the noise in each entry, 0 if missing.
         config: ranks and powers.
         features: B [n, r].
         n_items: n.
     """
+    small = None
+    if "features" in statistic and features is not None:
+        small = unpacked(statistic["features"], features.shape[1])
     rows = np.zeros((n_items, config.item_rank), np.float32)
     if "items" in statistic and config.item_rank and n_items > 1:
-        rows = _rows(unpacked(statistic["items"], n_items), config.item_rank, config.item_power)
+        pairs = unpacked(statistic["items"], n_items)
+        deviation = math.sqrt(float(statistic["variance"][0])) if "variance" in statistic else 0.0
+        pairs = expected_pairs(pairs, statistic["counts"], deviation, features, small, config.caution)
+        rows = _rows(pairs, config.item_rank, config.item_power)
     carried = np.zeros((n_items, config.feature_rank), np.float32)
-    if "features" in statistic and features is not None and config.feature_rank:
-        small = unpacked(statistic["features"], features.shape[1])
+    if small is not None and features is not None and config.feature_rank:
         carried = features @ _rows(small, config.feature_rank, config.feature_power)
     return {
         "items": rows,
@@ -116,13 +122,12 @@ def _rows(square: NDArray[np.float32], rank: int, power: float) -> NDArray[np.fl
     """
     import torch
 
-    values, vectors = torch.linalg.eigh(torch.from_numpy(square))
-    kept = min(rank, len(values))
-    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
-    positive = values.clamp(min=0)
-    weight = torch.where(positive > 0, (positive / positive.max().clamp(min=1e-30)) ** (power / 2), 0.0)
+    values, vectors = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(square)))
+    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    positive = np.maximum(values, 0.0)
+    share = positive / np.maximum(positive.max(initial=0.0), 1e-30)
     rows = np.zeros((len(square), rank), np.float32)
-    rows[:, :kept] = (vectors * weight).numpy()
+    rows[:, : len(values)] = vectors * np.where(positive > 0, share ** (power / 2), 0.0)
     return rows
 
 

@@ -13,7 +13,7 @@ from fedrec.errors import RunError
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
-_TENSORS = ("params", "average", "memory", "counts", "statistic")
+_TENSORS = ("params", "average", "memory", "counts", "statistic", "prior")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class ServerState:
         memory: the server optimizer's state.
         counts: {"counts": [n_items] float32}, how many people took each item in the slices so far.
         statistic: the co-occurrence statistic of the slices so far, with its noise; empty if the experiment wants none.
+        prior: parameters of a blend's spectral part, made from `statistic`.
+        adoption: how far a blend's fitted part was adopted in this slice, and what was tried.
+        clip_norm: of the next round, where it is learnt; None where it is fixed.
         overhead: what counting and evaluating cost in this slice: "seconds", "bytes_down", "bytes_up".
         parent: version of the last release.
         rounds: a record of every round.
@@ -49,6 +52,9 @@ class ServerState:
     memory: Params = field(default_factory=dict)
     counts: Params = field(default_factory=dict)
     statistic: Params = field(default_factory=dict)
+    prior: Params = field(default_factory=dict)
+    adoption: Mapping[str, Any] = field(default_factory=dict)
+    clip_norm: float | None = None
     overhead: Mapping[str, float] = field(default_factory=dict)
     parent: int | None = None
     rounds: tuple[dict[str, Any], ...] = ()

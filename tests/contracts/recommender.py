@@ -6,7 +6,7 @@ A new model joins the suite by one more entry in `RECOMMENDERS`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ from fedrec.data.cleaning import Dataset
 from fedrec.data.features import FeatureSettings, item_features
 from fedrec.data.log import InteractionLog
 from fedrec.data.slices import LastWindow
+from fedrec.models.blend import blended
 from fedrec.models.build import build, restore
 from fedrec.models.configs import (
     AnyModelConfig,
+    BlendConfig,
     FactorisationConfig,
     FullSoftmax,
     PopularityConfig,
@@ -72,6 +74,14 @@ RECOMMENDERS: dict[str, Entry] = {
     "spectral": Entry(SpectralConfig(item_rank=6, feature_rank=4, length=16), rounds=1),
     "factorisation": Entry(
         FactorisationConfig(dim=8, length=16, targets=8, negatives=16), rounds=60, server=AdamConfig(learning_rate=0.05)
+    ),
+    "blend": Entry(
+        BlendConfig(
+            prior=SpectralConfig(item_rank=6, feature_rank=4, length=16),
+            fitted=_transformer(SampledSoftmax(negatives=16)),
+        ),
+        rounds=120,
+        sequential=True,
     ),
     "transformer": Entry(_transformer(SampledSoftmax(negatives=16)), rounds=120, sequential=True),
     "transformer, full softmax": Entry(_transformer(FullSoftmax()), rounds=120, sequential=True),
@@ -125,6 +135,10 @@ def federate(
     memory: Params = {}
     if isinstance(wanted, SpectralConfig) and entry.rounds:
         return restore(wanted, n_items, counted(wanted, pool, window, slots))
+    if isinstance(wanted, BlendConfig) and entry.rounds:
+        prior = counted(wanted.prior, pool, window, slots)
+        fitted = federate(replace(entry, config=wanted.fitted), dataset, window)
+        return restore(wanted, n_items, blended(prior, get_params(fitted), 1.0))
     for number in range(entry.rounds):
         plan = RoundPlan(0, number, task, wanted, n_items, params, KEY.child("round", number), digest, slots)
         tally = pool.run(plan)

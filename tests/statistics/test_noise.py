@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fedrec.privacy.noise import NoiseSource, SecureNoise, SeededNoise
+from fedrec.privacy.noise import KeyedNoise, NoiseSource, SecureNoise, SeededNoise
 from fedrec.random import Key
 
 N = 200_000
-SOURCES = {"system": SecureNoise(), "seed": SeededNoise(Key.from_seed(5))}
+SOURCES = {
+    "system": SecureNoise(),
+    "seed": SeededNoise(Key.from_seed(5)),
+    "key": KeyedNoise(Key.from_seed(6)),
+}
 
 
 @pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)

@@ -16,8 +16,9 @@ from fedrec.protocol.plan import Census, RoundPlan
 from fedrec.protocol.tally import Expectation, Tally
 from fedrec.protocol.task import FitTask
 from fedrec.server import optimizer
+from fedrec.server.gather import Gathered, Roster, gather
 from fedrec.server.judge import initial
-from fedrec.server.round import Gathered, Recipe, Roster, gather, round_key, run_round, take_census
+from fedrec.server.round import Recipe, round_key, run_round, take_census
 from fedrec.server.run import cut
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState

@@ -1,0 +1,80 @@
+"""Whether, and how far, a fitted model is added to the spectral prior: validation decides and pays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from fedrec.data.slices import TimeSlice
+from fedrec.evaluation.metrics import private_norm
+from fedrec.models.blend import blended
+from fedrec.models.configs import AnyModelConfig, BlendConfig
+from fedrec.params import Params
+from fedrec.protocol.link import Link
+from fedrec.server.guard import Guard
+from fedrec.server.judge import Contender, judge, judge_privately
+from fedrec.server.round import Recipe
+from fedrec.server.state import ServerState
+
+SURE = 2.0
+"""A gain counts if it is more than so many standard deviations of the noise on it."""
+
+
+def release_of(state: ServerState, model: AnyModelConfig) -> Params:
+    """Return what a release of this state holds: the trained parameters, or those of a blend with its prior."""
+    if not isinstance(model, BlendConfig):
+        return state.released
+    return blended(state.prior, state.released, float(state.adoption.get("weight", 0.0)))
+
+
+def adopted(state: ServerState, model: BlendConfig, time_slice: TimeSlice, link: Link, recipe: Recipe) -> ServerState:
+    """Try the weights of the fitted model on the slice's validation window, and keep the best one that surely helps.
+
+    In a private run every weight that is tried costs one noised release of metrics, whatever `privacy.metrics` says:
+    the choice shows in the release.
+    """
+    window = time_slice.validation
+    if window is None:
+        raise ValueError("a blend needs slices that keep a window for validation")
+    asked = replace(time_slice, test=window, n_items_test=time_slice.n_items)
+    contenders = {
+        f"weight {weight:g}": Contender(model, blended(state.prior, state.released, weight))
+        for weight in (0.0, *model.weights)
+    }
+    popularity = {"counts": state.counts["counts"]}
+    if recipe.guard is None:
+        verdict = judge(contenders, asked, link, recipe, popularity)
+    else:
+        verdict = judge_privately(recipe.guard, contenders, asked, link, recipe, popularity)
+    metric = f"ndcg@{recipe.experiment.evaluation.ks[0]}"
+    tried = {name: row["all"]["metrics"][metric]["value"] for name, row in verdict["rows"].items()}
+    people = max((row["all"]["n"] for row in verdict["rows"].values()), default=0)
+    margin = 0.0 if recipe.guard is None else _margin(recipe.guard, recipe.experiment.evaluation.ks, people)
+    weight = best((0.0, *model.weights), tried, margin)
+    overhead = {part: state.overhead[part] + verdict.get(part, 0) for part in state.overhead}
+    adoption = {"weight": weight, "metric": metric, "tried": tried, "margin": margin}
+    return state.advanced(adoption=adoption, overhead=overhead)
+
+
+def best(weights: tuple[float, ...], tried: Mapping[str, float], margin: float) -> float:
+    """Return the weight with the best metric, or 0 where none is better than 0 by more than `margin`.
+
+    >>> best((0.0, 0.1, 0.3), {"weight 0": 0.10, "weight 0.1": 0.12, "weight 0.3": 0.11}, 0.01)
+    0.1
+    >>> best((0.0, 0.1, 0.3), {"weight 0": 0.10, "weight 0.1": 0.12, "weight 0.3": 0.11}, 0.03)
+    0.0
+    """
+    alone = tried.get("weight 0", 0.0)
+    gains: dict[float, Any] = {
+        weight: tried.get(f"weight {weight:g}", -math.inf) - alone for weight in weights if weight
+    }
+    top = max(gains, key=gains.__getitem__)
+    return float(top) if gains[top] > margin else 0.0
+
+
+def _margin(guard: Guard, ks: tuple[int, ...], people: int) -> float:
+    """Return what noise alone may put between two means, each noised on its own."""
+    mechanism = guard.mechanism(guard.settings.metrics_noise, private_norm(ks))
+    return SURE * math.sqrt(2.0) * mechanism.clip_norm * mechanism.noise_multiplier / max(1, people)

@@ -1,0 +1,161 @@
+"""A blend is made of a prior and a fit, and takes no more of the fit than validation, which is paid for, allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedrec.config import Experiment
+from fedrec.data.slices import LastWindow, TimeWindow, resolve, with_validation
+from fedrec.errors import ConfigError
+from fedrec.grid.simulate import simulate
+from fedrec.models.blend import blended, started
+from fedrec.models.build import build
+from fedrec.models.configs import BlendConfig, SpectralConfig, TransformerConfig
+from fedrec.models.recommender import get_params
+from fedrec.privacy.ledger import PrivacyLedger
+from fedrec.random import Key
+from fedrec.server.adopt import best
+from fedrec.server.guard import planned
+from fedrec.server.registry import Registry
+from fedrec.server.run import LEDGER, cut
+from tests.support import dataset_of, merged, small_document, small_rows
+
+DATASET = dataset_of(small_rows())
+KEY = Key.from_seed(5)
+MODEL: dict[str, Any] = {
+    "kind": "blend",
+    "prior": {"item_rank": 5, "feature_rank": 4, "length": 8},
+    "fitted": {"kind": "transformer", "dim": 8, "heads": 1, "length": 8},
+    "weights": [0.2, 1.0],
+}
+CENTRAL = {"mode": "central", "epsilon": 8.0, "delta": 1e-3, "noise": "seed", "metrics": "research", "population": 29}
+
+
+def blend(privacy: Mapping[str, Any] | None = None, **changes: Any) -> Experiment:
+    document = {**small_document(), "model": MODEL}
+    training = {
+        "statistics": {"features": {"rank": 4, "fourier": 0}},
+        "cohort": {"kind": "poisson", "expected": 15.0},
+        "base": {"rounds": 3},
+        "later": {"rounds": 2},
+    }
+    document = merged(document, {"training": training, **changes})
+    return Experiment.parse(merged(document, {"privacy": dict(privacy)}) if privacy else document)
+
+
+def test_a_release_holds_both_parts_and_what_was_tried_stands_in_the_report(tmp_path: Path) -> None:
+    document, _ = simulate(blend(), runs=tmp_path, registry=tmp_path / "registry", dataset=DATASET)
+    again, _ = simulate(blend(), runs=tmp_path / "2", registry=tmp_path / "registry2", dataset=DATASET)
+    assert [r["digest"] for r in document["releases"]] == [r["digest"] for r in again["releases"]]
+    for record in document["releases"]:
+        adoption = record["adoption"]
+        assert set(adoption["tried"]) == {"weight 0", "weight 0.2", "weight 1"}
+        assert adoption["weight"] == best((0.0, 0.2, 1.0), adoption["tried"], 0.0)
+        assert {"release", "popularity"} <= record["rows"].keys()
+    params = Registry(tmp_path / "registry").load("newest").params
+    assert params["weight"] == pytest.approx(document["releases"][-1]["adoption"]["weight"])
+    assert float(np.abs(params["prior.items"]).max()) > 0
+    assert params["fitted.item"].shape == (document["releases"][-1]["n_items"], 8)
+
+
+def test_every_weight_that_is_tried_is_paid_for_even_where_metrics_are_exact(tmp_path: Path) -> None:
+    experiment = blend(CENTRAL)
+    document, folder = simulate(experiment, runs=tmp_path, registry=tmp_path / "registry", dataset=DATASET)
+    names = [entry.name for entry in PrivacyLedger.read(folder / LEDGER).entries()]
+    for index in range(experiment.n_slices):
+        tried = [name for name in names if name.startswith(f"slice {index}: metrics of weight")]
+        assert len(tried) == 3
+    assert 7.5 < document["privacy"]["epsilon"] <= 8.0
+    life = [name for name, event in planned(experiment, (29, 29), 1.0) if "validation" in name]
+    assert len(life) == experiment.n_slices
+    assert all(record["adoption"]["margin"] > 0 for record in document["releases"])
+
+
+def test_a_gain_within_the_noise_is_none() -> None:
+    tried = {"weight 0": 0.10, "weight 0.2": 0.13, "weight 1": 0.05}
+    assert best((0.0, 0.2, 1.0), tried, 0.02) == 0.2
+    assert best((0.0, 0.2, 1.0), tried, 0.04) == 0.0
+    assert best((0.0, 0.2, 1.0), {}, 0.0) == 0.0
+
+
+def test_validation_windows_lie_after_training_and_nothing_is_lost_between_slices() -> None:
+    plain = cut(Experiment.parse(small_document()), DATASET)
+    kept = with_validation(plain, 0.1)
+    trained = np.zeros(len(DATASET.log), np.int64)
+    for one, whole in zip(kept, plain, strict=True):
+        assert isinstance(one.train, TimeWindow)
+        assert isinstance(one.validation, TimeWindow)
+        assert isinstance(whole.train, TimeWindow)
+        assert one.train.end == one.validation.start < one.validation.end == whole.train.end
+        assert one.test == whole.test
+        low, high = resolve(DATASET.log, one.train)
+        for user, (a, b) in enumerate(zip(low, high, strict=True)):
+            trained[DATASET.log.offsets[user] + a : DATASET.log.offsets[user] + b] += 1
+    last = kept[-1].validation
+    assert isinstance(last, TimeWindow)
+    before = DATASET.log.time < last.start
+    np.testing.assert_array_equal(trained, before.astype(np.int64))
+
+
+def test_of_histories_the_interaction_before_the_tested_one_is_kept() -> None:
+    from fedrec.data.slices import leave_one_out
+
+    (tested,) = with_validation(leave_one_out(DATASET.catalog), 0.1)
+    assert (tested.train, tested.validation) == (LastWindow(skip=2), LastWindow(skip=1, take=1))
+    (chosen,) = with_validation(leave_one_out(DATASET.catalog, "validation"), 0.1)
+    assert (chosen.train, chosen.validation) == (LastWindow(skip=3), LastWindow(skip=2, take=1))
+
+
+def test_the_fit_starts_from_the_priors_geometry_at_its_own_temperature() -> None:
+    config = BlendConfig(
+        prior=SpectralConfig(item_rank=3, feature_rank=2), fitted=TransformerConfig(dim=8, heads=1, length=8)
+    )
+    random = KEY.numpy()
+    prior = {
+        "items": random.standard_normal((30, 3)).astype(np.float32),
+        "features": random.standard_normal((30, 2)).astype(np.float32),
+    }
+    prior["items"][27:] = 0.0
+    prior["features"][27:] = 0.0
+    fresh = get_params(build(config.fitted, 30, KEY))
+    item = started(prior, fresh, config)["item"]
+    rows = np.concatenate([prior["items"], prior["features"]], axis=1)[:27]
+    mine, theirs = item[:27] @ item[:27].T, rows @ rows.T
+    np.testing.assert_allclose(mine / np.linalg.norm(mine), theirs / np.linalg.norm(theirs), atol=1e-5)
+    np.testing.assert_array_equal(item[27:], fresh["item"][27:])
+    assert item[:27, :5].std() == pytest.approx(float(fresh["item"].std()), rel=0.05)
+
+
+def test_fitted_scores_have_spread_one_and_the_weight_scales_them() -> None:
+    import torch
+
+    from fedrec.data.batches import histories_of
+    from fedrec.models.build import restore
+
+    config = BlendConfig(prior=SpectralConfig(item_rank=3, feature_rank=2), fitted=TransformerConfig(dim=8, heads=1))
+    prior = get_params(build(config.prior, 30, KEY))
+    fitted = get_params(build(config.fitted, 30, KEY))
+    model = restore(config, 30, blended(prior, fitted, 0.5))
+    items, mask = (torch.from_numpy(part) for part in histories_of([[1, 2, 3], list(range(28))], model.spec))
+    with torch.no_grad():
+        scores = model.score(model.encode(items, mask))
+    np.testing.assert_allclose(scores.std(dim=1, correction=0), 0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"training": {"statistics": None}}, r"add a table \[training\.statistics\]"),
+        ({"privacy": {"mode": "local", "epsilon": 8.0, "metrics": "research"}}, "nobody pays for"),
+    ],
+)
+def test_a_blend_that_cannot_be_made_or_chosen_is_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    document = merged(blend().model_dump(mode="json", exclude_unset=True), changes)
+    with pytest.raises(ConfigError, match=words):
+        simulate(Experiment.parse(document), runs=tmp_path, registry=tmp_path / "registry", dataset=DATASET)
+    assert not list(tmp_path.rglob("*"))
