@@ -13,7 +13,7 @@ from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import count
 from fedrec.client.trainer import Trained, cache_block
 from fedrec.data.batches import Cohort
-from fedrec.errors import ProtocolError
+from fedrec.errors import PrivacyError, ProtocolError
 from fedrec.models.build import restore
 from fedrec.models.recommender import Recommender
 from fedrec.params import Accumulator, Array, Params
@@ -110,8 +110,12 @@ def _by_windows(
     model: Recommender,
 ) -> Iterator[Params]:
     """Yield each paying client's update by DP-SGD over windows of its history."""
-    from fedrec.client.private import fit_windows, window_event  # imports Opacus: seconds
-
+    try:
+        from fedrec.client.private import fit_windows, window_event  # imports Opacus: seconds
+    except ImportError as error:
+        raise PrivacyError(
+            f"privacy.unit.kind = \"window\" needs Opacus, which is not here ({error}); install 'fedrec[private]'."
+        ) from error
     local, z = task.local, noise.noise_multiplier
     event = window_event(unit, z, local.steps)
     deviation = fit_deviation(noise, local.clip_norm, local.learning_rate, local.steps)

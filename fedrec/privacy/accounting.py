@@ -127,7 +127,8 @@ def _analytic(noise: float, delta: float) -> float:
 
     def excess(eps: float) -> float:
         a, b = 0.5 / noise, eps * noise
-        return float(math.exp(log_ndtr(a - b)) - math.exp(eps + log_ndtr(-a - b))) - delta
+        # The second term is 1 at most; with next to no noise the rounding of its exponent says otherwise.
+        return float(math.exp(log_ndtr(a - b)) - math.exp(min(0.0, eps + log_ndtr(-a - b)))) - delta
 
     if excess(0.0) <= 0:
         return 0.0

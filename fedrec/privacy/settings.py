@@ -211,8 +211,8 @@ class LocalNoise(_Settings):
 
     unit: LocalUnit
     """What is protected."""
-    noise_multiplier: float = Field(gt=0)
-    """Standard deviation of the noise over what one unit can change."""
+    noise_multiplier: float = Field(ge=1e-6)
+    """Standard deviation of the noise over what one unit can change; below a millionth there is nothing to account."""
     noise: Literal["system", "seed"] = "system"
     """Where the client takes its noise from; "seed" only in simulations, for it protects nobody."""
 
