@@ -12,6 +12,7 @@ from fedrec.data.batches import START, BatchSpec, histories_of
 from fedrec.errors import ProtocolError
 from fedrec.models.configs import (
     AnyModelConfig,
+    BlendConfig,
     FactorisationConfig,
     PopularityConfig,
     SpectralConfig,
@@ -34,6 +35,14 @@ def expected_shapes(config: AnyModelConfig, n_items: int) -> dict[str, tuple[int
         a, b = config.item_rank, config.feature_rank
         spreads: dict[str, tuple[int, ...]] = {"item_spread": (a, a), "feature_spread": (b, b)}
         return {"items": (n_items, a), "features": (n_items, b), "popularity": (n_items,), **spreads}
+    if isinstance(config, BlendConfig):
+        parts = {"prior": expected_shapes(config.prior, n_items), "fitted": expected_shapes(config.fitted, n_items)}
+        dim = config.fitted.dim
+        return {
+            **{f"{part}.{name}": shape for part, shapes in parts.items() for name, shape in shapes.items()},
+            "weight": (1,),
+            "spread": (dim, dim),
+        }
     d, wide = config.dim, config.expand * config.dim
     block: dict[str, tuple[int, ...]] = {"recency": (config.heads, config.length)}
     block |= {f"{norm}.{name}": (d,) for norm in ("norm1", "norm2") for name in ("weight", "bias")}
@@ -69,10 +78,28 @@ def score(config: AnyModelConfig, params: Params, history: Sequence[int]) -> Flo
     """Return [n_items] scores of the whole catalogue for one history of item numbers, oldest first."""
     if isinstance(config, PopularityConfig):
         return np.asarray(params["counts"], np.float32)
-    if isinstance(config, FactorisationConfig):
-        return _factorised(config, params, history)
     if isinstance(config, SpectralConfig):
         return _spectral(config, params, history)
+    if isinstance(config, BlendConfig):
+        prior = _spectral(config.prior, _part(params, "prior."), history)
+        fitted = _part(params, "fitted.")
+        user = _user(config.fitted, fitted, history)
+        variance = float(user @ params["spread"] @ user)
+        scale = float(params["weight"][0]) / math.sqrt(variance) if variance > 0 else 0.0
+        blended: Floats = prior + fitted["item"] @ (user * np.float32(scale))
+        return blended
+    scores: Floats = params["item"] @ _user(config, params, history)
+    return scores
+
+
+def _part(params: Params, prefix: str) -> Params:
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def _user(config: FactorisationConfig | TransformerConfig, params: Params, history: Sequence[int]) -> Floats:
+    """Return the vector whose products with the item vectors are the scores."""
+    if isinstance(config, FactorisationConfig):
+        return _factorised(config, params, history)
     return _transformed(config, params, history)
 
 
@@ -81,19 +108,20 @@ def _factorised(config: FactorisationConfig, params: Params, history: Sequence[i
     seen = item[list(history)[-config.length :]]
     gram = seen.T @ seen + config.unobserved_weight * (item.T @ item)
     ridge = config.regularisation * max(len(seen), 1) * np.eye(config.dim, dtype=np.float32)
-    scores: Floats = (item @ np.linalg.solve(gram + ridge, seen.sum(0))).astype(np.float32)
-    return scores
+    user: Floats = np.linalg.solve(gram + ridge, seen.sum(0)).astype(np.float32)
+    return user
 
 
 def _spectral(config: SpectralConfig, params: Params, history: Sequence[int]) -> Floats:
     newest = np.array(list(history)[-config.length :], np.int64)
-    weight = (config.decay ** np.arange(len(newest))[::-1]).astype(np.float32)
+    age = np.arange(len(newest))[::-1]
+    later = config.decay if config.feature_decay is None else config.feature_decay
     scores: Floats = config.popularity_weight * params["popularity"].astype(np.float32)
-    for table, spread, factor in (
-        ("items", "item_spread", config.item_weight),
-        ("features", "feature_spread", config.feature_weight),
+    for table, spread, factor, decay in (
+        ("items", "item_spread", config.item_weight, config.decay),
+        ("features", "feature_spread", config.feature_weight, later),
     ):
-        user = weight @ params[table][newest]
+        user = (decay**age).astype(np.float32) @ params[table][newest]
         variance = float(user @ params[spread] @ user)
         if variance > 0:
             scores = scores + params[table] @ (user * np.float32(factor / math.sqrt(variance)))
@@ -107,10 +135,9 @@ def _transformed(config: TransformerConfig, params: Params, history: Sequence[in
     x = x * np.float32(config.dim**0.5) + params["position"][: len(items)]
     for index in range(config.blocks):
         prefix = f"blocks.{index}."
-        own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-        x = _block(config, own, x)
-    scores: Floats = params["item"] @ _norm(params, "norm", x[-1:])[0]
-    return scores
+        x = _block(config, _part(params, prefix), x)
+    user: Floats = _norm(params, "norm", x[-1:])[0]
+    return user
 
 
 def _block(config: TransformerConfig, own: Params, x: Floats) -> Floats:
