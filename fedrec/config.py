@@ -50,6 +50,16 @@ class LeaveOneOutSplit(_Settings):
     """Which of the two to predict; choose settings on "validation"."""
 
 
+class BlockSplit(_Settings):
+    """A data set that `fedrec.data.blocks` laid out: each block holds back a test that is asked again all life long."""
+
+    kind: Literal["blocks"] = "blocks"
+    later: int = Field(default=3, ge=1)
+    """How many blocks follow the first."""
+    refit: bool = False
+    """Train the later slices on everything so far instead of on their own block: the ceiling, at its price."""
+
+
 class PoissonCohort(_Settings):
     """Every eligible client takes part independently with the same probability."""
 
@@ -132,6 +142,10 @@ class TrainingConfig(_Settings):
     server: Annotated[SgdConfig | AdamConfig, Field(discriminator="kind")] = AdamConfig()
     average: float = Field(default=0.0, ge=0, lt=1)
     """Release an exponential moving average of the parameters over the rounds, with this decay; 0: the last ones."""
+    anchor: float = Field(default=0.0, ge=0)
+    """In later slices, weight of an L2 pull towards the release that the slice began with, beside the clients' part."""
+    item_mean: float = Field(default=0.0, ge=0, lt=1)
+    """In later slices, the largest weight that an item's row of that release keeps after each round."""
     statistics: StatisticsConfig | None = None
     """Gather co-occurrence statistics before training; the spectral model needs them."""
     base: StageConfig = StageConfig(rounds=200, warmup=10, final=0.1)
@@ -167,6 +181,9 @@ class EvaluationConfig(_Settings):
     local_only: LocalOnlyConfig = LocalOnlyConfig()
     sampled_negatives: int | None = Field(default=None, ge=1)
     """Also rank against this many random items, for comparison with old papers only."""
+    promotion_margin: float | None = Field(default=None, ge=0, lt=1)
+    """Keep a release but do not promote it, and go on from its parent, if its NDCG at the first cut-off is lower than
+    that of its parent on the same test by more than this share; None: promote every release."""
 
 
 class RuntimeConfig(_Settings):
@@ -192,7 +209,7 @@ class Experiment(_Settings):
     seed: int = 1
     """Root of all randomness."""
     data: DataConfig = DataConfig()
-    split: Annotated[StreamSplit | LeaveOneOutSplit, Field(discriminator="kind")] = StreamSplit()
+    split: Annotated[StreamSplit | LeaveOneOutSplit | BlockSplit, Field(discriminator="kind")] = StreamSplit()
     model: TrainedConfig
     training: TrainingConfig = TrainingConfig()
     privacy: Privacy = NoPrivacy()
@@ -202,7 +219,7 @@ class Experiment(_Settings):
     @property
     def n_slices(self) -> int:
         """How many releases the run will publish."""
-        return self.split.later + 1 if isinstance(self.split, StreamSplit) else 1
+        return 1 if isinstance(self.split, LeaveOneOutSplit) else self.split.later + 1
 
     def digest(self) -> str:
         """Return the SHA-256 of everything that decides the result; `runtime` does not count."""

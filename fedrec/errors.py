@@ -6,6 +6,8 @@ FedrecError
     UnknownItem    an item id that the catalogue does not hold
   ProtocolError    a message between server and node is malformed
     TallyRefused   a node's reply failed validation before it was folded
+    PlanRefused    a device will not do what a plan asks
+  StoreError       a device's store cannot be opened, read or written
   RegistryError    a release or a checkpoint cannot be written, found or trusted
     CorruptRelease its bytes do not match its digest
   PrivacyError     a privacy setting, a charge or a ledger makes no sense
@@ -44,6 +46,14 @@ class ProtocolError(FedrecError):
 
 class TallyRefused(ProtocolError):
     """A node's reply failed validation and was not folded."""
+
+
+class PlanRefused(ProtocolError):
+    """A device will not do what a plan asks; nothing was sent."""
+
+
+class StoreError(FedrecError):
+    """A device's store cannot be opened, read or written."""
 
 
 class RegistryError(FedrecError):

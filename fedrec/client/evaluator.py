@@ -48,20 +48,22 @@ def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemC
     for start in range(0, len(cohort), block):
         people = cohort.take(slice(start, start + block))
         owner, asked = ask(people, task.probes)
+        known = asked.low if task.known is None else resolve(people.log, task.known, people.users)[1][owner]
+        context = replace(asked, low=known)
         if task.personalise is None:
-            scores = _scores(model, asked, buffer[: len(asked)])
+            scores = _scores(model, context, buffer[: len(asked)])
         else:
-            scores = _own_scores(model, people, asked, owner, task.personalise, plan.key.child("local-only"))
+            scores = _own_scores(model, people, context, owner, task.personalise, plan.key.child("local-only"))
         metrics = evaluate_people(
             scores,
-            item_lists(asked, np.zeros_like(asked.low), asked.low),
+            item_lists(asked, np.zeros_like(known), known),
             item_lists(asked, asked.low, asked.high),
             task.n_known_items,
             task.ks,
             attributes=attributes,
             popularity=plan.inputs["popularity"],
             overwrite=True,
-            returning=people.low[owner] > 0,
+            returning=(people.low[owner] if task.known is None else known) > 0,
             sampled=(task.sampled_negatives, asked.ids, plan.key.child("sampled")) if task.sampled_negatives else None,
         )
         if task.private:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedrec.client.memory import rehearsing
 from fedrec.data.batches import Batch, Cohort, draw
 from fedrec.models.recommender import Recommender, to_torch
 from fedrec.protocol.task import LocalTraining
@@ -96,7 +97,9 @@ def cache_block(model: Recommender, steps: int) -> int:
 
 def step_batches(cohort: Cohort, model: Recommender, local: LocalTraining, key: Key) -> list[Batch]:
     """Return the batches of every local step; both twins train on exactly these."""
-    return [draw(cohort, model.spec, model.n_items, key.child("step", step)) for step in range(local.steps)]
+    keys = [key.child("step", step) for step in range(local.steps)]
+    spare = local.history_negatives
+    return [draw(rehearsing(cohort, local, own), model.spec, model.n_items, own, spare) for own in keys]
 
 
 def train_each(model: Recommender, cohort: Cohort, local: LocalTraining, key: Key) -> Trained:

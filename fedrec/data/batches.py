@@ -98,11 +98,12 @@ class Cohort:
         return Cohort(self.log, self.users[which], self.ids[which], self.low[which], self.high[which])
 
 
-def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key) -> Batch:
+def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key, whole_history: bool = True) -> Batch:
     """Return the batch that each client of the cohort draws under `key`, as arrays with the cohort as first axis.
 
     Negatives are uniform over the `n_items` of the catalogue, whatever anybody touched: no test set can inform them.
-    What the person already has at a position is not a negative there, as it is not a candidate when ranking.
+    What the person already has at a position is not a negative there, as it is not a candidate when ranking; without
+    `whole_history` only what the person took in the window counts as had, the way to forget old likes.
     """
     if spec.negatives is None:
         negatives = np.tile(np.arange(n_items), (len(cohort), 1))
@@ -114,6 +115,8 @@ def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key) -> Batch:
         return Batch(*_pairs(cohort, spec, key), negatives, np.full_like(negatives, NEVER), seeds)
     start, end = _window(cohort, spec, key)
     since = cohort.log.first_place(cohort.users, negatives)
+    if not whole_history:
+        since = np.where(since < cohort.low[:, None], NEVER, since)
     # What comes after the stretch must not show in the batch, not even as a number.
     since = np.where(since < end[:, None], since - start[:, None], NEVER)
     return Batch(*_causal(cohort, start, end), negatives, since, seeds)

@@ -176,6 +176,36 @@ def synthesise(
     _print_result(_identity(dataset, out), as_json)
 
 
+class Held(StrEnum):
+    """What each block holds back."""
+
+    test = "test"
+    validation = "validation"
+
+
+@app.command("blocks")
+def blocks(
+    source: Annotated[str, typer.Argument(metavar="NAME|PATH", help="A known name, or a folder of a data set.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an older data set there is replaced.")],
+    base: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Share of the interactions in the first block.")
+    ] = 0.6,
+    later: Annotated[int, typer.Option(min=1, help="How many blocks follow.")] = 3,
+    share: Annotated[
+        float, typer.Option(min=0.01, max=0.4, help="Share of a person's part of a block held back.")
+    ] = 0.1,
+    hold: Annotated[Held, typer.Option(help="What is held back; choose settings on 'validation'.")] = Held.test,
+    as_json: AsJson = False,
+) -> None:
+    """Cut a data set into blocks that hold back a test for life, to measure what a recommender retains."""
+    from fedrec.data.blocks import in_blocks
+    from fedrec.data.sources import load_dataset
+
+    dataset = in_blocks(load_dataset(source, say=_note), base, later, share, hold.value)
+    dataset.save(out)
+    _print_result(_identity(dataset, out), as_json)
+
+
 def _identity(dataset: Dataset, folder: Path) -> dict[str, Any]:
     return {
         "name": dataset.name,

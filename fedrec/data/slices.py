@@ -93,6 +93,9 @@ class TimeSlice:
         test: the interactions to predict, all of them newer than `train`.
         n_items: catalogue size while training.
         n_items_test: catalogue size while testing; the items in between are new.
+        known: while testing, everything up to its end is known, whatever is tested; None: all before each question.
+        fit: what the rounds train on, if not `train`; popularity and statistics are counted over `train` either way.
+        life: the test windows of all slices, to measure what is retained; empty where nothing is held back for that.
         validation: interactions between `train` and `test`, for choices; None: none are kept.
     """
 
@@ -101,6 +104,9 @@ class TimeSlice:
     test: TimeWindow | LastWindow
     n_items: int
     n_items_test: int
+    known: TimeWindow | LastWindow | None = None
+    fit: TimeWindow | LastWindow | None = None
+    life: tuple[TimeWindow, ...] = ()
     validation: TimeWindow | LastWindow | None = None
 
     @property

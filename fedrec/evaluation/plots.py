@@ -87,10 +87,12 @@ def draw_all(document: Record) -> list[Plot]:
     """Return every plot that the document has numbers for."""
     import matplotlib.style
 
+    from fedrec.evaluation.life_plot import life_plot
+
     releases, rounds = document.get("releases") or [], document.get("rounds") or []
     # The reader's own matplotlibrc must not show in the report; the settings return to theirs on leaving.
     with matplotlib.style.context(["default", STYLE]):
-        makers = (_quality(releases), _groups(releases), _loss(rounds), _traffic(rounds, releases))
+        makers = (_quality(releases), life_plot(releases), _groups(releases), _loss(rounds), _traffic(rounds, releases))
         return [plot for plot in (*makers, _answers(rounds), _seconds(rounds)) if plot is not None]
 
 
@@ -128,7 +130,7 @@ def _panels(
     if not panels:
         return None
     one = len(releases) == 1
-    figure = _figure((WIDE[0], 0.9 + 0.36 * len(rows)) if one else WIDE)
+    figure = new_figure((WIDE[0], 0.9 + 0.36 * len(rows)) if one else WIDE)
     axes = figure.subplots(1, len(panels), sharey=sharey, squeeze=False)[0]
     for ax, (title, group, metric) in zip(axes, panels, strict=True):
         ax.set_title(title)
@@ -212,7 +214,7 @@ def _loss(rounds: Sequence[Record]) -> Plot | None:
     with_loss = [(x, r) for x, r in _numbered(rounds) if r.get("loss") is not None]
     if not with_loss:
         return None
-    figure = _figure(WIDE)
+    figure = new_figure(WIDE)
     ax = figure.subplots()
     many = len(with_loss) > 60
     for _, part in groupby(with_loss, key=lambda pair: (pair[1].get("slice"), pair[1].get("task"))):
@@ -235,7 +237,7 @@ def _traffic(rounds: Sequence[Record], releases: Sequence[Record]) -> Plot | Non
     totals = {key: list(accumulate(column)) for key, column in columns.items()}
     if not any(column[-1] for column in totals.values() if column):
         return None
-    figure = _figure(WIDE)
+    figure = new_figure(WIDE)
     axes = figure.subplots(1, 2)
     xs = range(1, len(rounds) + 1)
     for ax, title, lines in ((axes[0], "Each round", columns), (axes[1], "Since the start", totals)):
@@ -267,7 +269,7 @@ def _traffic(rounds: Sequence[Record], releases: Sequence[Record]) -> Plot | Non
 def _answers(rounds: Sequence[Record]) -> Plot | None:
     if not any(r.get("cohort") for r in rounds):
         return None
-    figure = _figure(HALF)
+    figure = new_figure(HALF)
     ax = figure.subplots()
     asked, answered = ([float(r.get(key) or 0) for r in rounds] for key in ("cohort", "clients"))
     _draw(ax, rounds, asked, color=FAINT, lw=1.6, label="asked")
@@ -289,7 +291,7 @@ def _seconds(rounds: Sequence[Record]) -> Plot | None:
     known = sorted(y for y in ys if not math.isnan(y))
     if not known:
         return None
-    figure = _figure(HALF)
+    figure = new_figure(HALF)
     ax = figure.subplots()
     median = statistics.median(known)
     _draw(ax, rounds, ys, color=DOWN, lw=1.2, label="round")
@@ -348,7 +350,8 @@ def _round_axis(ax: Axes, rounds: Sequence[Record], half: bool = True) -> None:
     ax.set_xlabel("Round, counted over the run")
 
 
-def _figure(inches: tuple[float, float]) -> Figure:
+def new_figure(inches: tuple[float, float]) -> Figure:
+    """Return an empty figure of this width and height."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=inches)

@@ -28,6 +28,13 @@ class LocalTraining(_Settings):
     """Step size. With one step the upload is minus this times the gradient."""
     clip_norm: float = Field(default=10.0, gt=0)
     """L2 bound of one client's whole update; longer ones are scaled down to it."""
+    history_negatives: bool = True
+    """Whether nothing that a client ever took is a negative; if not, only what it took in the window is spared. Models
+    that train on pairs weigh all items alike, taken or not, so it changes nothing for them."""
+    replay: float = Field(default=0.0, ge=0, lt=1)
+    """Probability with which a client's step rehearses its own interactions from before the window."""
+    replay_budget: int = Field(default=100, ge=1)
+    """How many of the newest of those are kept for it."""
 
 
 class Turn(_Settings):
@@ -132,6 +139,9 @@ class EvaluateTask(_Settings):
     """Lengths of the recommended list."""
     replicates: int = Field(default=200, ge=0)
     """How many bootstrap replicates the intervals come from."""
+    known: Window | None = None
+    """Everything before its end is known when a question is asked, and nothing after it; None: everything before the
+    question."""
     n_known_items: int = Field(ge=0)
     """Items with this number or a higher one joined after training; they are reported apart."""
     sampled_negatives: int | None = Field(default=None, ge=1)

@@ -23,7 +23,7 @@ from fedrec.random import Key
 from fedrec.server.stages import Stages
 
 JUDGED = 2
-"""Recommenders whose metrics a private run asks for after a slice: the release and popularity."""
+"""Recommenders whose metrics a private run always asks for after a slice: the release and popularity."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,7 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
         _check_masked(experiment, settings, population)
     events: list[tuple[str, Event]] = []
     for index in range(experiment.n_slices):
+        judged = JUDGED + (index > 0 and experiment.evaluation.promotion_margin is not None)  # its parent as well
         stage = training.base if index == 0 else training.later
         events.append((f"slice {index}: popularity counts", GaussianEvent(noise_multiplier=settings.count * scale)))
         if training.statistics is not None:
@@ -111,7 +112,7 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
             events.append((f"slice {index}: validation of the fit", tried))
         if settings.metrics == "private":
             noise = settings.metrics_noise * scale
-            events.append((f"slice {index}: metrics", GaussianEvent(noise_multiplier=noise, count=JUDGED)))
+            events.append((f"slice {index}: metrics", GaussianEvent(noise_multiplier=noise, count=judged)))
     return events
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,25 @@ def judge(
     }
 
 
+def judge_life(
+    contender: Contender, time_slice: TimeSlice, link: Link, recipe: Recipe, popularity: Params
+) -> tuple[list[dict[str, Any] | None], int, int]:
+    """Evaluate a release on the test window of every slice of the life, older and newer ones.
+
+    Returns:
+        One record per slice, metric to ``{"value", "low", "high"}``, None where nobody was tested; bytes down and up.
+    """
+    names, found = metric_names(recipe.experiment.evaluation.ks), []
+    down = up = 0
+    for window in time_slice.life:
+        asked = replace(time_slice, test=window)
+        got = _ask(contender, asked, link, recipe, take_census(link, window, recipe), popularity)
+        row = as_rows(summarise(got.sums, names)) if got.n_clients else {}
+        found.append(row["all"]["metrics"] if "all" in row else None)
+        down, up = down + got.bytes_down, up + got.bytes_up
+    return found, down, up
+
+
 def _same_people(a: Gathered, b: Gathered) -> bool:
     """Whether two evaluations reached the same clients, so that they can be compared person by person."""
     return a.n_clients > 0 and np.allclose(a.sums["weight.all"], b.sums["weight.all"])
@@ -112,6 +131,7 @@ def _question(
     task = EvaluateTask(
         window=time_slice.test,
         probes=settings.probes,
+        known=time_slice.known,
         ks=settings.ks,
         replicates=0 if private else settings.replicates,
         n_known_items=time_slice.n_items,

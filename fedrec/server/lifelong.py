@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.config import Experiment, StatisticsConfig
+from fedrec.config import EvaluationConfig, Experiment, StatisticsConfig
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.features import item_features
 from fedrec.data.slices import TimeSlice
@@ -34,6 +34,7 @@ from fedrec.server.judge import (
     grown,
     initial,
     judge,
+    judge_life,
     judge_privately,
     local_only_contender,
     popularity_contender,
@@ -129,14 +130,15 @@ def _learn(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
     """Grow the model to the slice's catalogue, count, and train all rounds that are not done yet."""
     training = recipe.experiment.training
     stage = training.base if time_slice.index == 0 else training.later
-    roster = take_census(link, time_slice.train, recipe)
+    roster = take_census(link, time_slice.fit or time_slice.train, recipe)
     record = {"slice": time_slice.index, "rounds": stage.rounds, "clients": roster.n_clients, "done": state.round}
     desk.observe(Event("slice", record))
     if state.counted == time_slice.index:
-        state = _begin(state, link, time_slice, recipe, roster, desk)
+        counted = roster if time_slice.fit is None else take_census(link, time_slice.train, recipe)
+        state = _begin(state, link, time_slice, recipe, counted, desk)
     for number in range(state.round, stage.rounds):
         if set(link.nodes()) != {node for node, _, _ in roster.nodes}:
-            roster = take_census(link, time_slice.train, recipe)
+            roster = take_census(link, time_slice.fit or time_slice.train, recipe)
         state, record = run_round(state, link, recipe, time_slice, roster)
         desk.observe(Event("round", record))
         if recipe.guard is not None or (number + 1) % recipe.experiment.runtime.checkpoint_every == 0:
@@ -171,6 +173,7 @@ def _begin(
     return state.advanced(
         params=params,
         average={},
+        anchor=state.released if _holds_on(recipe.experiment) else {},
         memory=optimizer.grow_memory(state.memory, params),
         counts={"counts": total},
         counted=time_slice.index + 1,
@@ -267,7 +270,8 @@ def _verdict(
     model = recipe.experiment.model
     contenders = {"release": Contender(model, release_of(state, model))}
     private = recipe.guard is not None and recipe.guard.settings.metrics == "private"
-    if state.parent is not None and not private:
+    wanted = not private or recipe.experiment.evaluation.promotion_margin is not None
+    if state.parent is not None and wanted:
         contenders["previous"] = Contender(model, registry.load(state.parent).params)
     contenders["popularity"] = popularity_contender(state.counts)
     alone = recipe.experiment.evaluation.local_only.people and not isinstance(model, SpectralConfig)
@@ -277,7 +281,11 @@ def _verdict(
     counts[: len(state.counts["counts"])] = state.counts["counts"]
     if recipe.guard is not None and private:
         return judge_privately(recipe.guard, contenders, time_slice, link, recipe, {"counts": counts})
-    return judge(contenders, time_slice, link, recipe, {"counts": counts})
+    verdict = judge(contenders, time_slice, link, recipe, {"counts": counts})
+    if time_slice.life:
+        life, down, up = judge_life(contenders["release"], time_slice, link, recipe, {"counts": counts})
+        verdict |= {"life": life, "bytes_down": verdict["bytes_down"] + down, "bytes_up": verdict["bytes_up"] + up}
+    return verdict
 
 
 def _spent(recipe: Recipe) -> float | None:
@@ -292,6 +300,7 @@ def _publish(
 ) -> tuple[ServerState, Release]:
     """Write the release, and move the state on to the next slice."""
     experiment = recipe.experiment
+    promoted = worth_promoting(verdict["rows"], experiment.evaluation)
     params = release_of(state, experiment.model)
     release = desk.registry.publish(
         params,
@@ -304,6 +313,7 @@ def _publish(
         experiment_digest=experiment.digest(),
         metrics=verdict["rows"],
         privacy=privacy(experiment, recipe.guard),
+        promote=promoted,
     )
     own = [record for record in state.rounds if record["slice"] == time_slice.index]
     record = {
@@ -311,7 +321,7 @@ def _publish(
         "slice": time_slice.index,
         "digest": release.manifest.sha256,
         "parent": state.parent,
-        "promoted": True,
+        "promoted": promoted,
         "n_items": time_slice.n_items,
         "train_rows": round(float(state.counts["counts"].sum())) - sum(r["train_rows"] for r in state.releases),
         "train_start": getattr(time_slice.train, "start", None),
@@ -328,8 +338,31 @@ def _publish(
         "epsilon": _spent(recipe),
         "rows": verdict["rows"],
         "differences": verdict["differences"],
+        "life": verdict.get("life", []),
     }
-    moved = state.advanced(
-        slice=time_slice.index + 1, round=0, parent=release.version, releases=(*state.releases, record)
-    )
-    return moved, release
+    moved = state.advanced(slice=time_slice.index + 1, round=0, releases=(*state.releases, record))
+    if promoted or state.parent is None:
+        return moved.advanced(parent=release.version), release
+    # What did harm is not built upon; counts and statistics are sums over all slices, and stay.
+    return moved.advanced(params=state.anchor, average={}, memory={}), release
+
+
+def _holds_on(experiment: Experiment) -> bool:
+    """Whether what a slice began with is needed again."""
+    training = experiment.training
+    return bool(training.anchor or training.item_mean) or experiment.evaluation.promotion_margin is not None
+
+
+def worth_promoting(rows: Mapping[str, Any], settings: EvaluationConfig) -> bool:
+    """Return whether a release is no worse than its parent, beyond the margin, on the same test.
+
+    Args:
+        rows: those of the verdict; without "previous" there is nothing to be worse than.
+        settings: holds the margin.
+    """
+    name, margin = f"ndcg@{settings.ks[0]}", settings.promotion_margin
+    found = [rows.get(row, {}).get("all", {}).get("metrics", {}).get(name) for row in ("release", "previous")]
+    if margin is None or None in found:
+        return True
+    own, parent = (float(one["value"]) for one in found)
+    return own >= (1.0 - margin) * parent

@@ -13,13 +13,14 @@ from fedrec import params as named
 from fedrec.config import Experiment, TurnCohort
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
 from fedrec.errors import FedrecError, RunError, TallyRefused
-from fedrec.models.build import trained
+from fedrec.models.build import MODELS, trained
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import FitTask, Turn
 from fedrec.random import Key
 from fedrec.server import optimizer
+from fedrec.server.anchor import item_means, pulled
 from fedrec.server.gather import Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.local import LocalMode
@@ -88,7 +89,7 @@ def run_round(
     mode = recipe.local
     bound = clip_norm if mode is None else mode.fit_bound(local, state.params)
     task = FitTask(
-        window=time_slice.train,
+        window=time_slice.fit or time_slice.train,
         local=local,
         turn=turn_of(recipe.experiment, time_slice.index, state.round),
         private=None if mode is None else mode.fit,
@@ -129,7 +130,10 @@ def run_round(
     if mean:
         norm = named.norm(mean)
         stage = training.base if time_slice.index == 0 else training.later
+        mean = pulled(mean, params, state.anchor, training.anchor)
         params, memory = optimizer.step(training.server, params, memory, mean, optimizer.speed(stage, state.round))
+        rows = MODELS[type(trained(recipe.experiment.model))].row_names
+        params = item_means(params, state.anchor, training.item_mean, rows)
     average = optimizer.averaged(state.average, params, training.average, state.round)
     record = {
         "slice": time_slice.index,

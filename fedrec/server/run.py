@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedrec import __version__
-from fedrec.config import Experiment, LeaveOneOutSplit
+from fedrec.config import BlockSplit, Experiment, LeaveOneOutSplit
+from fedrec.data.blocks import block_slices
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import make_encoder
 from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices, with_validation
@@ -95,6 +96,15 @@ def _cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
     split = experiment.split
     if isinstance(split, LeaveOneOutSplit):
         return leave_one_out(dataset.catalog, split.test)
+    if isinstance(split, BlockSplit):
+        if isinstance(experiment.model, BlendConfig):
+            raise ConfigError(
+                "A blend keeps a part of each slice's time for validation, and blocks have no time; set split.kind = "
+                '"stream" or another model.kind.'
+            )
+        return block_slices(dataset, split.later + 1, split.refit)
+    if dataset.provenance.get("time_unit") == "blocks":
+        raise RunError(f"'{experiment.data.source}' is laid out in blocks, without time; use split.kind = \"blocks\".")
     if dataset.provenance.get("time_unit") == "order":
         raise RunError(
             f"'{experiment.data.source}' knows only the order within each person, no global time; "
@@ -115,6 +125,12 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     _check_statistics(experiment, dataset)
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
+    local = experiment.training.local
+    if experiment.privacy.mode == "local" and (local.replay or not local.history_negatives):
+        raise ConfigError(
+            'In privacy.mode = "local" clients draw windows of their own; leave training.local.replay and '
+            "training.local.history_negatives at their defaults."
+        )
     local_mode(experiment)
 
 
@@ -267,6 +283,12 @@ def _protocol(experiment: Experiment) -> str:
         how = (
             f"Leave-one-out: each person's {held} interaction is predicted from all before it; the last two of each "
             "person are never trained on."
+        )
+    elif isinstance(split, BlockSplit):
+        how = (
+            f"{split.later + 1} blocks by time, each with interactions held back that are never trained on. Every "
+            "release is tested on what every block held back; it knows all of a person's other interactions up to its "
+            "own block, nothing later and nothing held back. Metrics of the table are those of its own block."
         )
     else:
         how = (

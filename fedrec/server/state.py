@@ -13,7 +13,7 @@ from fedrec.errors import RunError
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
-_TENSORS = ("params", "average", "memory", "counts", "statistic", "prior")
+_TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor", "prior")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class ServerState:
         memory: the server optimizer's state.
         counts: {"counts": [n_items] float32}, how many people took each item in the slices so far.
         statistic: the co-occurrence statistic of the slices so far, with its noise; empty if the experiment wants none.
+        anchor: the parameters that the slice began with, if training holds on to them; empty in the first slice.
         prior: parameters of a blend's spectral part, made from `statistic`.
         adoption: how far a blend's fitted part was adopted in this slice, and what was tried.
         clip_norm: of the next round, where it is learnt; None where it is fixed.
@@ -52,6 +53,7 @@ class ServerState:
     memory: Params = field(default_factory=dict)
     counts: Params = field(default_factory=dict)
     statistic: Params = field(default_factory=dict)
+    anchor: Params = field(default_factory=dict)
     prior: Params = field(default_factory=dict)
     adoption: Mapping[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
 
 import numpy as np
 import pytest
 
+from fedrec.client.device_pool import DevicePool
 from fedrec.client.pool import ClientPool, LogPool
+from fedrec.client.store import Store
 from fedrec.data.batches import draw
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.log import InteractionLog
@@ -28,19 +32,44 @@ LENGTHS = (3, 0, 7, 1, 5, 2)
 CONFIG = RECOMMENDERS["transformer"].config
 WINDOW = LastWindow(skip=0)
 Make = Callable[[InteractionLog, ItemCatalog], ClientPool]
+FOLDERS = TemporaryDirectory()
+OPENED: list[Store] = []
+
+
+def device_pool(log: InteractionLog, catalog: ItemCatalog) -> ClientPool:
+    """Return a pool of one encrypted store for each user of the log."""
+    stores = []
+    for user in range(log.n_users):
+        store = Store(Path(mkdtemp(dir=FOLDERS.name)))
+        for row in range(int(log.offsets[user]), int(log.offsets[user + 1])):
+            store.record(catalog.ids[log.item[row]], time=int(log.time[row]))
+        OPENED.append(store)
+        stores.append(store)
+    return DevicePool(stores, catalog, ids=np.arange(log.n_users))
+
+
 POOLS: dict[str, Make] = {
     "log, batched": LogPool,
     "log, each": lambda log, catalog: LogPool(log, catalog, engine="each"),
     "log, small blocks": lambda log, catalog: LogPool(log, catalog, block=2),
     "log, the only partition": lambda log, catalog: LogPool.partition(log, catalog, 0, 1),
+    "devices": device_pool,
 }
 TASKS: list[AnyTask] = [FitTask(window=WINDOW, local=LocalTraining(clip_norm=0.5)), CountTask(window=WINDOW)]
 
 
 @pytest.fixture(params=POOLS.values(), ids=POOLS.keys())
-def make(request: pytest.FixtureRequest) -> Make:
+def make(request: pytest.FixtureRequest) -> Iterator[Make]:
     found: Make = request.param
-    return found
+    yield found
+    while OPENED:
+        OPENED.pop().close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _folders() -> Iterator[None]:
+    yield
+    FOLDERS.cleanup()
 
 
 def log() -> InteractionLog:

@@ -94,9 +94,10 @@ def summed(tallies: Sequence[Tally]) -> Tally:
 
 @models
 @pytest.mark.parametrize("steps", [1, 4])
-def test_batched_training_is_training_each(config: AnyModelConfig, steps: int) -> None:
+@pytest.mark.parametrize("memory", [{}, {"replay": 0.5, "replay_budget": 30, "history_negatives": False}], ids=str)
+def test_batched_training_is_training_each(config: AnyModelConfig, steps: int, memory: dict[str, float]) -> None:
     model, people = lively(config, N_ITEMS), cohort()
-    local = LocalTraining(steps=steps, learning_rate=0.1)
+    local = LocalTraining(steps=steps, learning_rate=0.1, **memory)
     before = named.digest(get_params(model))
     each, batched = train_each(model, people, local, KEY), train_batched(model, people, local, KEY)
     assert named.digest(get_params(model)) == before

@@ -201,13 +201,15 @@ def test_the_digest_changes_with_everything_else() -> None:
 def _other(key: str, old: Any) -> Any:
     """Return another valid value of a setting, or None for the tag of a union."""
     words: dict[str, Any] = {"name": "other", "source": "ml-1m", "windows": "last", "download": "float16"}
-    words["statistics"] = {"lag": 3}
+    words |= {"statistics": {"lag": 3}, "promotion_margin": 0.1}
     if key in words or key in ("kind", "mode"):
         return words.get(key)
     if isinstance(old, list):
         return [*old, 50]
     if old is None:
         return 7
+    if isinstance(old, bool):
+        return not old
     return old + 1 if isinstance(old, int) else old / 2 + 0.01
 
 

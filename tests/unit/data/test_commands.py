@@ -183,3 +183,18 @@ def test_importing_the_commands_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_blocks_writes_a_data_set_that_a_run_in_blocks_takes(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from fedrec.data.blocks import block_slices
+    from fedrec.data.cleaning import Dataset
+    from fedrec.data.commands import app
+    from tests.support import dataset_of, small_rows
+
+    dataset_of(small_rows()).save(tmp_path / "whole")
+    out = tmp_path / "cut"
+    done = CliRunner().invoke(app, ["blocks", str(tmp_path / "whole"), "--out", str(out), "--later", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    assert len(block_slices(Dataset.load(out), 3)) == 3

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedrec.config import Experiment, LeaveOneOutSplit
+from fedrec.config import EvaluationConfig, Experiment, LeaveOneOutSplit
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow, resolve
 from fedrec.protocol.link import Reply
 from fedrec.protocol.plan import RoundPlan
-from fedrec.server.lifelong import Desk, Event, run_stream
+from fedrec.server.lifelong import Desk, Event, run_stream, worth_promoting
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
 from fedrec.server.run import cut
@@ -271,3 +271,46 @@ def test_leave_one_out_on_validation_never_looks_at_the_last(tmp_path: Path) -> 
     other = live(tmp_path / "b", validation, with_other_items(DATASET, last))
     assert same_bytes(other.released[0].released, life.released[0].released)
     assert other.released[0].releases == life.released[0].releases
+
+
+@pytest.mark.parametrize(
+    ("margin", "own", "parent", "promoted"),
+    [
+        (None, 0.1, 0.9, True), (0.1, 0.9, 1.0, True), (0.1, 0.89, 1.0, False),
+        (0.0, 0.5, 0.5, True), (0.0, 0.4, 0.5, False),
+    ],
+)  # fmt: skip
+def test_a_release_is_promoted_unless_it_is_worse_than_its_parent_beyond_the_margin(
+    margin: float | None, own: float, parent: float, promoted: bool
+) -> None:
+    settings = EvaluationConfig(ks=(5, 10), promotion_margin=margin)
+    rows = {
+        name: {"all": {"metrics": {"ndcg@5": {"value": value}, "ndcg@10": {"value": 0.0}}}}
+        for name, value in (("release", own), ("previous", parent))
+    }
+    assert worth_promoting(rows, settings) is promoted
+    assert worth_promoting({"release": rows["release"]}, settings)
+    assert worth_promoting({}, settings)
+
+
+def test_what_is_not_promoted_is_kept_and_the_run_goes_on_from_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = iter([True, False, True])
+    monkeypatch.setattr("fedrec.server.lifelong.worth_promoting", lambda rows, settings: next(verdicts))
+    life = live(tmp_path, small_experiment(evaluation__promotion_margin=0.5))
+    rows = life.registry.list()
+    assert [(row.version, row.parent, row.promoted, row.current) for row in rows] == [
+        (1, None, True, False),
+        (2, 1, False, False),
+        (3, 1, True, True),
+    ]
+    assert [record["promoted"] for record in life.released[-1].releases] == [True, False, True]
+    parent = life.registry.load(1).params
+    assert same_bytes(life.released[1].params, parent)
+    assert life.released[1].memory == {}
+    first = next(plan for plan in life.plans if plan.slice == 2 and plan.task.kind == "fit")
+    np.testing.assert_array_equal(first.params["item"][: len(parent["item"])], parent["item"])
+    counted = life.released[-1].counts["counts"].sum()
+    assert counted == sum(record["train_rows"] for record in life.released[-1].releases)
+    assert life.registry.rollback() == 1

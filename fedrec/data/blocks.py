@@ -1,0 +1,148 @@
+"""Blocks of a life, each with a test that is held back for good, so that forgetting can be measured.
+
+A stream's test becomes the next slice's training, so it cannot be asked again later. Here every person's interactions
+in a block are cut into training, validation and test; what is tested is never trained on, and never stands in a
+history either. For that the log is laid out anew: block by block the training and validation interactions, in their
+own order, then the tests of all blocks. Times only say which block and part a row belongs to.
+
+Source: blocks as in Lim et al., CIKM 2025 (F3CRec); unlike theirs, what is known is masked over all blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedrec.data.cleaning import Dataset, RawRows, clean
+from fedrec.data.slices import TimeSlice, TimeWindow
+from fedrec.errors import DataError
+
+SPAN = 1 << 30
+"""Time units of a block; validation starts in its middle."""
+TRAIN, VALIDATION, TEST = 0, 1, 2
+Ints = NDArray[np.int64]
+
+
+def lay_out(
+    rows: RawRows,
+    block: Ints,
+    part: Ints,
+    *,
+    name: str,
+    hold: Literal["test", "validation"] = "test",
+    titles: dict[str, str] | None = None,
+    attributes: dict[str, tuple[str, ...]] | None = None,
+) -> Dataset:
+    """Return a data set in blocks, for ``split.kind = "blocks"``.
+
+    Args:
+        rows: [n] interactions, in the order in which each person did them; their times are not read.
+        block: [n] number of each row's block, from 0.
+        part: [n] `TRAIN`, `VALIDATION` or `TEST`.
+        name: what to call it.
+        hold: "test" asks for the tests, and validation interactions are known but not trained on; "validation" asks for
+            those and leaves out the tests altogether, for choosing settings.
+        titles: item id to title.
+        attributes: item id to tags.
+
+    Raises:
+        DataError: a block has nothing to train on or nothing held back.
+    """
+    n_blocks = int(block.max(initial=0)) + 1
+    asked = part == (TEST if hold == "test" else VALIDATION)
+    for number in range(n_blocks):
+        if not ((block == number) & asked).any() or not ((block == number) & (part == TRAIN)).any():
+            raise DataError(
+                f"Block {number} has nothing to train on or nothing held back; make fewer or larger blocks."
+            )
+    place = np.arange(len(block))
+    time = block * SPAN + np.where(part == VALIDATION, SPAN // 2, 0) + np.where(asked, n_blocks * SPAN, 0) + place
+    time[asked] -= np.where(part[asked] == VALIDATION, SPAN // 2, 0)
+    kept = np.flatnonzero(asked | (part != TEST))
+    cleaned, report = clean(
+        RawRows(rows.user[kept], rows.item[kept], time[kept].astype(np.float64)), now=None, repeats="first"
+    )
+    provenance = {"time_unit": "seconds", "source": "blocks"}
+    built = Dataset.build(cleaned, titles or {}, attributes or {}, name=name, report=report, provenance=provenance)
+    return Dataset(built.name, built.log, built.catalog, built.report, {**built.provenance, "time_unit": "blocks"})
+
+
+def in_blocks(
+    dataset: Dataset,
+    base: float = 0.6,
+    later: int = 3,
+    share: float = 0.1,
+    hold: Literal["test", "validation"] = "test",
+) -> Dataset:
+    """Cut a data set by global time into a base and equal later blocks, and hold back the end of each person's part.
+
+    Of each person's k interactions in a block, the last ``max(1, round(share k))`` are test and as many before them
+    validation; somebody with fewer than three in a block only trains in it.
+
+    Args:
+        dataset: with real times.
+        base: share of the interactions in block 0.
+        later: how many blocks follow.
+        share: share of a person's interactions in a block that each of test and validation takes.
+        hold: see `lay_out`.
+
+    Raises:
+        DataError: the data set knows no global time, or a block would be empty.
+    """
+    if dataset.provenance.get("time_unit", "seconds") != "seconds":
+        raise DataError(f"'{dataset.name}' knows no global time, so it cannot be cut into blocks.")
+    log = dataset.log
+    user = np.repeat(np.arange(log.n_users), np.diff(log.offsets))
+    place = np.empty(len(log), np.int64)
+    place[np.argsort(log.time, kind="stable")] = np.arange(len(log))
+    bounds = [(base + (1.0 - base) * i / later) * len(log) for i in range(later)]
+    block = np.searchsorted(np.round(bounds), place, side="right").astype(np.int64)
+    _, group, size = np.unique(user * (later + 1) + block, return_inverse=True, return_counts=True)
+    starts = np.concatenate(([0], np.cumsum(size)))  # rows stand by user and time, so each group is one stretch
+    back = size[group] - (np.arange(len(log)) - starts[group])  # 1 for the last of the group
+    held = np.where(size >= 3, np.maximum(1, np.round(share * size)), 0)[group]
+    part = np.where(back <= held, TEST, np.where(back <= 2 * held, VALIDATION, TRAIN)).astype(np.int64)
+    ids, items = np.asarray(list(log.user_ids), object), np.asarray(dataset.catalog.ids, object)
+    catalog = dataset.catalog
+    order = np.argsort(place)
+    rows = RawRows(ids[user][order], items[log.item][order], np.zeros(len(log)))
+    return lay_out(
+        rows, block[order], part[order], name=f"{dataset.name}, in {later + 1} blocks", hold=hold,
+        titles=dict(zip(catalog.ids, catalog.titles, strict=True)),
+        attributes=dict(zip(catalog.ids, catalog.attributes, strict=True)),
+    )  # fmt: skip
+
+
+def block_slices(dataset: Dataset, n_blocks: int, refit: bool = False) -> tuple[TimeSlice, ...]:
+    """Return the slices of a data set in blocks.
+
+    Args:
+        dataset: what `lay_out` returned.
+        n_blocks: how many blocks it has.
+        refit: train each slice on all blocks so far.
+
+    Raises:
+        DataError: the data set is not in so many blocks.
+    """
+    newest = int(dataset.log.time.max(initial=0)) // SPAN
+    if dataset.provenance.get("time_unit") != "blocks" or newest != 2 * n_blocks - 1:
+        raise DataError(
+            f"'{dataset.name}' is not laid out in {n_blocks} blocks; make it with fedrec.data.blocks.in_blocks, or "
+            'use split.kind = "stream".'
+        )
+    life = tuple(TimeWindow(start=(n_blocks + i) * SPAN, end=(n_blocks + i + 1) * SPAN) for i in range(n_blocks))
+    return tuple(
+        TimeSlice(
+            index=i,
+            train=TimeWindow(start=i * SPAN, end=i * SPAN + SPAN // 2),
+            test=life[i],
+            n_items=dataset.catalog.n_items_at((i + 1) * SPAN),
+            n_items_test=len(dataset.catalog),
+            known=TimeWindow(start=0, end=(i + 1) * SPAN),
+            fit=TimeWindow(start=0, end=i * SPAN + SPAN // 2) if refit else None,
+            life=life,
+        )
+        for i in range(n_blocks)
+    )
