@@ -75,6 +75,30 @@ def test_with_next_to_no_noise_updates_and_counts_are_the_exact_ones() -> None:
     assert counted.stats == {"spent": 0.0}
 
 
+class Silence:
+    label = "none"
+
+    def normal(self, shape: Any) -> Any:
+        return np.zeros(tuple(shape))
+
+    def discrete_gaussian(self, sigma: float, shape: Any) -> Any:
+        return np.zeros(tuple(shape), np.int64)
+
+
+def test_below_the_noise_lie_clipped_contributions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalBudget, "source", lambda self, secret: Silence())
+    for clip in (10.0, 0.05):  # with noise of 3 the bound of an upload is far off, so it cannot stand in for the clip
+        local = fit(3.0, clip=clip).local
+        exact = pool_of(None).run(plan_of(FitTask(window=WINDOW, local=local)))
+        assert (exact.stats["clipped"] > 0) == (clip == 0.05)
+        below = pool_of(settings()).run(plan_of(fit(3.0, clip=clip)))
+        np.testing.assert_allclose(below.sums["item"], exact.sums["item"], rtol=0, atol=1e-6)
+    bounded = pool_of(None).run(plan_of(CountTask(window=WINDOW, clip_norm=2.0)))
+    assert bounded.stats["clipped"] > 0
+    below = pool_of(settings()).run(plan_of(count(3.0)))
+    np.testing.assert_allclose(below.sums["counts"], bounded.sums["counts"], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("source", ["seed", "system"])
 def test_every_client_adds_noise_of_twice_its_clip(source: Any) -> None:
     pool, quiet = pool_of(settings(noise=source)), pool_of(settings())
