@@ -77,7 +77,7 @@ RECOMMENDERS: dict[str, Entry] = {
     ),
     "blend": Entry(
         BlendConfig(
-            prior=SpectralConfig(item_rank=6, feature_rank=4, length=16),
+            prior=SpectralConfig(item_rank=6, feature_rank=4, length=16, feature_decay=0.6),
             fitted=_transformer(SampledSoftmax(negatives=16)),
         ),
         rounds=120,
