@@ -138,7 +138,7 @@ def federate(
     if isinstance(wanted, BlendConfig) and entry.rounds:
         prior = counted(wanted.prior, pool, window, slots)
         fitted = federate(replace(entry, config=wanted.fitted), dataset, window)
-        return restore(wanted, n_items, blended(prior, get_params(fitted), 1.0))
+        return restore(wanted, n_items, blended(prior, get_params(fitted), 3.0))
     for number in range(entry.rounds):
         plan = RoundPlan(0, number, task, wanted, n_items, params, KEY.child("round", number), digest, slots)
         tally = pool.run(plan)
