@@ -77,7 +77,7 @@ RECOMMENDERS: dict[str, Entry] = {
     ),
     "blend": Entry(
         BlendConfig(
-            prior=SpectralConfig(item_rank=6, feature_rank=4, length=16, feature_decay=0.6),
+            prior=SpectralConfig(item_rank=6, feature_rank=4, length=16, feature_decay=0.6, item_weight=0.5),
             fitted=_transformer(SampledSoftmax(negatives=16)),
         ),
         rounds=120,
@@ -138,7 +138,7 @@ def federate(
     if isinstance(wanted, BlendConfig) and entry.rounds:
         prior = counted(wanted.prior, pool, window, slots)
         fitted = federate(replace(entry, config=wanted.fitted), dataset, window)
-        return restore(wanted, n_items, blended(prior, get_params(fitted), 3.0))
+        return restore(wanted, n_items, blended(prior, get_params(fitted), 10.0))
     for number in range(entry.rounds):
         plan = RoundPlan(0, number, task, wanted, n_items, params, KEY.child("round", number), digest, slots)
         tally = pool.run(plan)
