@@ -24,7 +24,7 @@ from fedrec.models.build import build
 from fedrec.models.configs import BlendConfig, SpectralConfig
 from fedrec.privacy.accounting import check_delta
 from fedrec.privacy.ledger import PrivacyLedger
-from fedrec.privacy.settings import UserLevelPrivacy
+from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
 from fedrec.protocol.link import Link
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
 from fedrec.server.guard import Guard, guard_of, planned, user_level
@@ -125,6 +125,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     _check_statistics(experiment, dataset)
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
+    _check_promotion(experiment)
     local = experiment.training.local
     if experiment.privacy.mode == "local" and (local.replay or not local.history_negatives):
         raise ConfigError(
@@ -132,6 +133,18 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
             "training.local.history_negatives at their defaults."
         )
     local_mode(experiment)
+
+
+def _check_promotion(experiment: Experiment) -> None:
+    """Refuse choices by exact metrics in a private run: what is promoted shows in every later release."""
+    settings = experiment.privacy
+    if isinstance(settings, NoPrivacy) or experiment.evaluation.promotion_margin is None:
+        return
+    if settings.metrics == "research":
+        raise PrivacyError(
+            "A promotion that is decided by exact metrics shows in later releases, and nobody pays for it; set "
+            'privacy.metrics to "private" or leave evaluation.promotion_margin out.'
+        )
 
 
 def _check_statistics(experiment: Experiment, dataset: Dataset) -> None:

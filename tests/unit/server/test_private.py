@@ -99,6 +99,13 @@ def test_the_charge_is_written_before_anybody_is_asked(tmp_path: Path, stack: Ex
     assert [entry.name for entry in ledger.entries()] == [f"slice 0: round {n}" for n in range(3)]
 
 
+def test_a_promotion_by_exact_metrics_is_refused_in_a_private_run() -> None:
+    margin = {"evaluation": {"promotion_margin": 0.1}}
+    check(private({"metrics": "private"}, **margin), DATASET)
+    with pytest.raises(PrivacyError, match="nobody pays for it"):
+        check(private({"metrics": "research"}, **margin), DATASET)
+
+
 def test_the_planned_life_is_what_the_ledger_holds_and_spends_the_budget(tmp_path: Path) -> None:
     experiment = private()
     document, folder = simulate(experiment, runs=tmp_path, registry=tmp_path / "registry", dataset=DATASET)
