@@ -40,9 +40,6 @@ class VectorPool:
     def __init__(self, node: int) -> None:
         self.node = node
 
-    def census(self, window: object, catalog_digest: str) -> int:
-        raise NotImplementedError
-
     def vector(self, slot: int) -> NDArray[np.float32]:
         return (Key.from_seed(self.node).child(slot).numpy().standard_normal(D) * 0.2).astype(np.float32)
 

@@ -19,8 +19,9 @@ from fedrec.privacy.noise import SeededNoise
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CooccurrenceTask, CountTask, FitTask
+from fedrec.protocol.triangle import unpacked
 from fedrec.random import Key
-from fedrec.server.spectral import projected, unpacked
+from fedrec.server.spectral import projected
 
 Floats = NDArray[np.float64]
 MANY = 1 << 30

@@ -11,22 +11,12 @@ from fedrec.data.batches import Cohort
 from fedrec.errors import ProtocolError
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CooccurrenceTask
+from fedrec.protocol.triangle import packed, packed_place, packed_size
 
 AT_ONCE = 128
 """People computed together; their pairs and their rows of features must fit the memory, better the cache."""
 
 Features = NDArray[np.float32]
-
-
-def packed_size(n: int) -> int:
-    """Return how many numbers the upper triangle of an n x n matrix has, the diagonal included."""
-    return n * (n + 1) // 2
-
-
-def packed_place(i: NDArray[np.int64], j: NDArray[np.int64], n: int) -> NDArray[np.int64]:
-    """Return the place of entry (i, j), i <= j, in the upper triangle of an n x n matrix, written row by row."""
-    place: NDArray[np.int64] = i * n - i * (i - 1) // 2 + (j - i)
-    return place
 
 
 def cooccurrence(task: CooccurrenceTask, cohort: Cohort, n_items: int, features: Features | None) -> Tally:
@@ -173,8 +163,3 @@ def _triangle_square(square: NDArray[np.floating]) -> float:
 def _near(n: int, lag: int, decay: float) -> NDArray[np.float32]:
     apart = np.abs(np.subtract.outer(np.arange(n), np.arange(n)))
     return np.where((apart >= 1) & (apart <= lag), decay ** apart.astype(np.float64), 0.0).astype(np.float32)
-
-
-def packed(square: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the upper triangle of a symmetric matrix, row by row."""
-    return square[np.triu_indices(len(square))].astype(np.float64)

@@ -12,6 +12,7 @@ from fedrec.models.configs import SpectralConfig
 from fedrec.params import Array, Params
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.task import CooccurrenceTask
+from fedrec.protocol.triangle import packed, packed_size, unpacked
 from fedrec.server.posterior import expected_pairs
 
 Features = NDArray[np.float32]
@@ -20,7 +21,7 @@ _F32 = np.dtype(np.float32)
 
 def asked_shapes(task: CooccurrenceTask, n_items: int, rank: int) -> Shapes:
     """Return what a node's sums look like."""
-    triangle, small = n_items * (n_items + 1) // 2, rank * (rank + 1) // 2
+    triangle, small = packed_size(n_items), packed_size(rank)
     shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.float32]]] = {"counts": ((n_items,), _F32)}
     if task.sketch == "pairs":
         shapes["pairs"] = ((triangle, 2 if task.feature_share else 1), _F32)
@@ -129,20 +130,3 @@ def _rows(square: NDArray[np.float32], rank: int, power: float) -> NDArray[np.fl
     rows = np.zeros((len(square), rank), np.float32)
     rows[:, : len(values)] = vectors * np.where(positive > 0, share ** (power / 2), 0.0)
     return rows
-
-
-def unpacked(triangle: Array, n: int) -> NDArray[np.float32]:
-    """Return the symmetric matrix [n, n] of an upper triangle that is written row by row."""
-    square = np.zeros((n, n), np.float32)
-    start = 0
-    for row in range(n):
-        square[row, row:] = triangle[start : start + n - row]
-        start += n - row
-    lower = np.tril_indices(n, -1)
-    square[lower] = square.T[lower]
-    return square
-
-
-def packed(square: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Return the upper triangle of a symmetric matrix, row by row."""
-    return square[np.triu_indices(len(square))].astype(np.float64)

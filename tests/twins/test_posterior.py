@@ -7,9 +7,10 @@ import pytest
 from numpy.typing import NDArray
 
 from fedrec.models.configs import SpectralConfig
+from fedrec.protocol.triangle import packed
 from fedrec.random import Key
 from fedrec.server.posterior import expected_pairs, posterior_mean
-from fedrec.server.spectral import packed, spectral_params
+from fedrec.server.spectral import spectral_params
 
 KEY = Key.from_seed(11)
 N, RANK, DEVIATION = 80, 6, 0.5

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrec.client.pool import LogPool
-from fedrec.client.statistics import cooccurrence, packed_place
+from fedrec.client.statistics import cooccurrence
 from fedrec.data.batches import Cohort
 from fedrec.data.log import InteractionLog
 from fedrec.data.slices import LastWindow
@@ -22,8 +22,9 @@ from fedrec.params import Params
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CooccurrenceTask
+from fedrec.protocol.triangle import packed, packed_place, unpacked
 from fedrec.random import Key
-from fedrec.server.spectral import added, asked_shapes, grown_statistic, packed, projected, unpacked
+from fedrec.server.spectral import added, asked_shapes, grown_statistic, projected
 from tests.support import dataset_of, small_rows
 
 WINDOW = LastWindow(skip=0)
