@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.data.catalog import ItemCatalog
 from fedrec.errors import DataError
@@ -110,8 +110,11 @@ class FeatureSettings(BaseModel):
     """How items become vectors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-    encoder: Literal["hashed", "wordllama"] = "hashed"
-    """"hashed" needs no package; "wordllama" knows meanings (`pip install 'fedrec[text]'`)."""
+    encoder: Literal["hashed", "wordllama", "minilm", "transformers", "vectors"] = "hashed"
+    """"hashed" needs no package; "wordllama" (`pip install 'fedrec[text]'`) and "minilm" know meanings; "transformers"
+    is any encoder at `path`; "vectors" reads plain vectors of items, of images for example, from the file at `path`."""
+    path: str | None = None
+    """Folder or hub name of a transformer, or a .npy or .safetensors file of vectors; read on the server only."""
     rank: int = Field(default=256, ge=2)
     """Length of the vectors; at most as many as items or raw features."""
     fourier: int = Field(default=2048, ge=0)
@@ -119,18 +122,30 @@ class FeatureSettings(BaseModel):
     bandwidth: float = Field(default=0.9, gt=0)
     """How fast the Fourier features vary: the inverse width of the kernel that they stand for."""
 
+    @model_validator(mode="after")
+    def _path_where_needed(self) -> Self:
+        if (self.path is not None) is not (self.encoder in ("transformers", "vectors")):
+            raise ValueError('`path` goes with encoder = "transformers" or "vectors", and with no other')
+        return self
+
     def digest(self) -> str:
         """Return the SHA-256 of the settings."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
-def make_encoder(name: str) -> TextEncoder:
-    """Return a text encoder by name.
+def make_encoder(name: str, path: str | None = None) -> TextEncoder:
+    """Return a text encoder by name, or the transformer at `path`.
 
     Raises:
         DataError: its package is not installed.
     """
-    return StaticText() if name == "wordllama" else HashedText()
+    if name == "wordllama":
+        return StaticText()
+    if name in ("minilm", "transformers"):
+        from fedrec.data.encoders import TransformerText
+
+        return TransformerText.minilm() if path is None else TransformerText(path)
+    return HashedText()
 
 
 def item_features(catalog: ItemCatalog, settings: FeatureSettings, n_fitted: int | None = None) -> Matrix:
@@ -179,7 +194,13 @@ def _raw(catalog: ItemCatalog, settings: FeatureSettings, n: int) -> list[NDArra
         tags[row, [names[tag] for tag in own if tag in names]] = 1.0
     years = np.array([float(found[1]) if (found := _YEAR.search(title)) else np.nan for title in catalog.titles])
     bumps = np.exp(-(((years[:, None] - YEARS) / 3.0) ** 2) / 2.0)
-    parts = [make_encoder(settings.encoder).encode(texts).astype(np.float64), _rows(tags), _rows(np.nan_to_num(bumps))]
+    if settings.encoder == "vectors":
+        from fedrec.data.encoders import vectors_from
+
+        main = _rows(vectors_from(Path(settings.path or ""), catalog.ids).astype(np.float64))
+    else:
+        main = make_encoder(settings.encoder, settings.path).encode(texts).astype(np.float64)
+    parts = [main, _rows(tags), _rows(np.nan_to_num(bumps))]
     told = [part for part in parts if part.any()]
     if not told:
         raise DataError(

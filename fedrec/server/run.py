@@ -173,7 +173,7 @@ def _check_statistics(experiment: Experiment, dataset: Dataset) -> None:
             f"{MOST_PAIRED:,} items."
         )
     if statistics.feature_share:
-        make_encoder(statistics.features.encoder)
+        make_encoder(statistics.features.encoder, statistics.features.path)
 
 
 def run_experiment(
