@@ -19,7 +19,7 @@ from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CountTask
 from fedrec.random import Key
-from fedrec.server.gather import Roster
+from fedrec.server.gather import Ask, Roster
 from fedrec.server.secure import SecureGathered, secure_gather
 
 D = 40
@@ -98,16 +98,5 @@ def gathered(
     ledger = PrivacyLedger(None, epsilon=None, delta=1e-5)
     charge = ledger.charge("a sum", mechanism.event(1.0), clip_norm=1.0)
     roster = Roster(tuple((100 + place, f"node {place}", size) for place, size in enumerate(link.sizes)))
-    places = np.arange(sum(link.sizes), dtype=np.int64)
-    return secure_gather(
-        link,
-        roster,
-        places,
-        plan_for,
-        SHAPES,
-        mechanism,
-        charge,
-        settings or SecureSum(minimum=5),
-        None,
-        seed,
-    )
+    ask = Ask(link, roster, plan_for, SHAPES)
+    return secure_gather(ask, ask.everybody, mechanism, charge, settings or SecureSum(minimum=5), seed)

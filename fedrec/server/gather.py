@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fedrec.errors import FedrecError, RunError, TallyRefused
 from fedrec.params import Accumulator, Params
+from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation, Tally
@@ -40,6 +41,30 @@ class Roster:
     def name(self, node: int) -> str:
         """Return what a node calls itself."""
         return next((name for known, name, _ in self.nodes if known == node), f"node {node}")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A question to the clients of a roster, whose answers are added up.
+
+    Attributes:
+        link: how to reach the nodes.
+        roster: the nodes and their eligible clients.
+        plan_for: the plan for a node's slots.
+        shapes: what the sums look like.
+        timeout_seconds: how long to wait.
+    """
+
+    link: Link
+    roster: Roster
+    plan_for: Callable[[NDArray[np.int64]], RoundPlan]
+    shapes: Shapes
+    timeout_seconds: float | None = None
+
+    @property
+    def everybody(self) -> NDArray[np.int64]:
+        """The places of all eligible clients."""
+        return np.arange(self.roster.n_clients, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -80,33 +105,27 @@ class _Fold:
 
 
 def gather(
-    link: Link,
-    roster: Roster,
-    places: NDArray[np.int64],
-    plan_for: Callable[[NDArray[np.int64]], RoundPlan],
-    expected: Callable[[int], Expectation],
-    timeout_seconds: float | None,
+    ask: Ask, places: NDArray[np.int64] | None = None, bound: float | None = None, counts: tuple[str, ...] = ()
 ) -> Gathered:
     """Send each node its plan, and fold every tally that passes the checks; one bad node leaves the others alone.
 
     Args:
-        link: how to reach the nodes.
-        roster: the nodes and their eligible clients.
-        places: chosen clients among all eligible ones.
-        plan_for: the plan for a node's slots.
-        expected: what the tally of a node that was asked for so many clients must look like.
-        timeout_seconds: how long to wait.
+        ask: what is asked of whom.
+        places: chosen clients among all eligible ones; None: everybody.
+        bound: L2 bound of one client's contribution, which sums are checked against; None: there is none.
+        counts: names of plain numbers that count clients.
 
     Raises:
         RunError: every node that was asked failed.
     """
-    slots = roster.slots(places)
-    plans = {node: plan_for(own) for node, own in slots.items()}
+    places = ask.everybody if places is None else places
+    roster, slots = ask.roster, ask.roster.slots(places)
+    plans = {node: ask.plan_for(own) for node, own in slots.items()}
     documents = {node: plan.to_bytes() for node, plan in plans.items()}
     fold, bytes_up = _Fold(), 0
     tallies: dict[int, Tally] = {}
     silent = set(slots)
-    for reply in link.exchange("run", documents, timeout_seconds):
+    for reply in ask.link.exchange("run", documents, ask.timeout_seconds):
         if reply.node not in silent:
             fold.refused.append({"node": roster.name(reply.node), "reason": "it answered twice or was not asked"})
             continue
@@ -115,7 +134,7 @@ def gather(
             if reply.document is None:
                 raise TallyRefused(reply.error)
             bytes_up += len(reply.document)
-            expectation = expected(len(slots[reply.node]))
+            expectation = Expectation(ask.shapes, len(slots[reply.node]), bound, counts)
             tally = Tally.from_bytes(reply.document, plans[reply.node].coding, expectation.shapes)
             expectation.check(tally)
             tallies[reply.node] = tally

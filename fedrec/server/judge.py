@@ -19,9 +19,8 @@ from fedrec.models.recommender import get_params
 from fedrec.params import Params
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
-from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import EvaluateTask, FitTask
-from fedrec.server.gather import Gathered, Roster, gather
+from fedrec.server.gather import Ask, Gathered, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.private import private_gather
 from fedrec.server.round import Recipe, take_census
@@ -119,7 +118,7 @@ def _ask(
         people = ServerState.root_key(experiment).child("slice", time_slice.index, "judge", "people")
         places = sample(FixedCohort(size=contender.people), roster.n_clients, people)
     shapes = _shapes(task, time_slice.n_items_test)
-    return gather(link, roster, places, plan_for, lambda n: Expectation(shapes, n), experiment.training.timeout_seconds)
+    return gather(Ask(link, roster, plan_for, shapes, experiment.training.timeout_seconds), places)
 
 
 def _question(
@@ -182,7 +181,7 @@ def judge_privately(
         _, plan_for = _question(contender, time_slice, recipe, popularity, private=True)
         purpose = f"slice {time_slice.index}: metrics of {name}"
         timeout = recipe.experiment.training.timeout_seconds
-        got = private_gather(guard, purpose, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout)
+        got = private_gather(guard, purpose, mechanism, 1.0, 1.0, Ask(link, roster, plan_for, shapes, timeout))
         asked.append(got)
         *sums, n_people = got.sums["metrics"].tolist()
         deviation = bound * mechanism.noise_multiplier

@@ -23,11 +23,10 @@ from fedrec.privacy.settings import LocalPrivacy
 from fedrec.protocol.codec import Plain
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
-from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
 from fedrec.server.adopt import adopted, release_of
-from fedrec.server.gather import Gathered, Roster, gather
+from fedrec.server.gather import Ask, Gathered, Roster, gather
 from fedrec.server.guard import Guard, statement
 from fedrec.server.judge import (
     Contender,
@@ -215,17 +214,16 @@ def _statistic(
         )
 
     shapes = asked_shapes(task, n_items, rank)
-    guard, timeout = recipe.guard, recipe.experiment.training.timeout_seconds
+    guard, ask = recipe.guard, Ask(link, roster, plan_for, shapes, recipe.experiment.training.timeout_seconds)
     if guard is None:
-        everybody = np.arange(roster.n_clients, dtype=np.int64)
-        got = gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n), timeout)
+        got = gather(ask)
         if got.n_clients:
             got = replace(got, sums=projected(features, got.sums, got.n_clients))
     else:
         name = f"slice {time_slice.index}: co-occurrence statistic"
         mechanism = guard.mechanism(guard.settings.statistics, 1.0)
         prepare = partial(projected, features)
-        got = private_gather(guard, name, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout, prepare)
+        got = private_gather(guard, name, mechanism, 1.0, 1.0, ask, prepare)
         variance = np.full(1, (mechanism.clip_norm * mechanism.noise_multiplier) ** 2, np.float32)
         got = replace(got, sums={**got.sums, "variance": variance})
     before = state.releases[-1]["n_items"] if state.releases else n_items
@@ -245,7 +243,7 @@ def _statistic(
 def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) -> Gathered:
     key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "count")
     shapes = {"counts": ((time_slice.n_items,), np.dtype(np.float32))}
-    guard, mode, timeout = recipe.guard, recipe.local, recipe.experiment.training.timeout_seconds
+    guard, mode = recipe.guard, recipe.local
     clip = None if guard is None else guard.settings.count_clip
     bound, noise = None, None
     if mode is not None:
@@ -255,12 +253,12 @@ def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) ->
         task, n_items = CountTask(window=time_slice.train, clip_norm=clip, private=noise), time_slice.n_items
         return RoundPlan(time_slice.index, 0, task, PopularityConfig(), n_items, {}, key, recipe.catalog_digest, slots)
 
+    ask = Ask(link, roster, plan_for, shapes, recipe.experiment.training.timeout_seconds)
     if guard is None:
-        everybody = np.arange(roster.n_clients, dtype=np.int64)
-        return gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n, bound), timeout)
+        return gather(ask, bound=bound)
     name = f"slice {time_slice.index}: popularity counts"
     mechanism = guard.mechanism(guard.settings.count, guard.settings.count_clip)
-    return private_gather(guard, name, mechanism, 1.0, 1.0, link, roster, plan_for, shapes, timeout)
+    return private_gather(guard, name, mechanism, 1.0, 1.0, ask)
 
 
 def _verdict(

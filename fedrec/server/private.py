@@ -13,15 +13,11 @@ from fedrec.params import Array, Params
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import DistributedPrivacy
 from fedrec.protocol.codec import Shapes
-from fedrec.protocol.link import Link
-from fedrec.protocol.plan import RoundPlan
-from fedrec.protocol.tally import Expectation
 from fedrec.random import Key
-from fedrec.server.gather import Gathered, Roster, gather
+from fedrec.server.gather import Ask, Gathered, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.secure import secure_gather
 
-PlanFor = Callable[[NDArray[np.int64]], RoundPlan]
 Prepare = Callable[[Params, int], Params]
 """Turns the sum of so many clients into what noise is added to."""
 
@@ -32,11 +28,7 @@ def private_gather(
     mechanism: GaussianMechanism,
     rate: float,
     expected_cohort: float,
-    link: Link,
-    roster: Roster,
-    plan_for: PlanFor,
-    shapes: Shapes,
-    timeout_seconds: float | None,
+    ask: Ask,
     prepare: Prepare | None = None,
 ) -> Gathered:
     """Charge the ledger, draw the cohort, gather, add noise: what comes back is ``(sum + noise) / expected_cohort``.
@@ -51,11 +43,7 @@ def private_gather(
         mechanism: clip norm and noise.
         rate: probability with which each eligible client takes part.
         expected_cohort: what the noised sum is divided by: public, never the number that came.
-        link: how to reach the nodes.
-        roster: the nodes and their eligible clients.
-        plan_for: the plan for a node's slots.
-        shapes: what the sums look like.
-        timeout_seconds: how long to wait.
+        ask: what is asked of whom.
         prepare: turns the sum of so many clients into what noise is added to; it then also checks their bound. Not in a
             masked sum, which nobody sees without its noise.
 
@@ -67,18 +55,16 @@ def private_gather(
     event = mechanism.event(guard.charged(rate))
     charge = guard.ledger.charge(name, event, clip_norm=mechanism.clip_norm)
     secret = guard.secret(charge)
-    places = drawn(secret, roster, rate)
+    places = drawn(secret, ask.roster, rate)
     if isinstance(guard.settings, DistributedPrivacy):
         seed = None if guard.root is None else secret
-        got: Gathered = secure_gather(
-            link, roster, places, plan_for, shapes, mechanism, charge, guard.settings.secure_sum, timeout_seconds, seed
-        )
+        got: Gathered = secure_gather(ask, places, mechanism, charge, guard.settings.secure_sum, seed)
         released = named.scale(got.sums, 1.0 / expected_cohort)
         guard.told(charge, rate, expected_cohort, released)
         return replace(got, sums=released)
     bound = mechanism.clip_norm if prepare is None else None
-    got = gather(link, roster, places, plan_for, lambda n: Expectation(shapes, n, bound), timeout_seconds)
-    total = got.sums or zeros(shapes)
+    got = gather(ask, places, bound)
+    total = got.sums or zeros(ask.shapes)
     total = total if prepare is None else prepare(total, got.n_clients)
     released = mechanism.noised(total, expected_cohort, charge, guard.noise(secret))
     guard.told(charge, rate, expected_cohort, released)

@@ -6,19 +6,14 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from fedrec.config import Experiment, PoissonCohort, TurnCohort
 from fedrec.errors import MaskingError, PrivacyError
 from fedrec.privacy.adaptive import AdaptiveMechanism, next_clip_norm
 from fedrec.privacy.settings import AdaptiveClipping
-from fedrec.protocol.codec import Shapes
-from fedrec.protocol.link import Link
-from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import FitTask
-from fedrec.server.gather import Gathered, Roster, gather
+from fedrec.server.gather import Ask, Gathered, gather
 from fedrec.server.guard import Guard, adaptive_clipping, banded_noise
-from fedrec.server.private import PlanFor, drawn, private_gather, zeros
+from fedrec.server.private import drawn, private_gather, zeros
 
 
 class Place(NamedTuple):
@@ -33,10 +28,7 @@ def private_fit(
     experiment: Experiment,
     place: Place,
     task: FitTask,
-    link: Link,
-    roster: Roster,
-    plan_for: PlanFor,
-    shapes: Shapes,
+    ask: Ask,
 ) -> tuple[Gathered, float | None]:
     """Gather one round's mean update with noise, divided by the expected cohort; nothing if the round is given up.
 
@@ -48,9 +40,9 @@ def private_fit(
         RunError: every node that was asked failed.
         PrivacyError: the cohort is not one that the ledger can account for.
     """
-    cohort, timeout = experiment.training.cohort, experiment.training.timeout_seconds
+    cohort = experiment.training.cohort
     if isinstance(cohort, TurnCohort):
-        got = _correlated(guard, experiment, cohort, place, task, link, roster, plan_for, shapes)
+        got = _correlated(guard, experiment, cohort, place, task, ask)
         return got, None
     if not isinstance(cohort, PoissonCohort):
         raise PrivacyError('A private round needs Poisson sampling; set training.cohort.kind to "poisson".')
@@ -60,10 +52,10 @@ def private_fit(
     adaptive = adaptive_clipping(guard.settings)
     if adaptive is not None:
         learning = guard.adaptive(adaptive, task.local.clip_norm, expected)
-        return _adaptive(guard, adaptive, learning, name, rate, expected, link, roster, plan_for, shapes, timeout)
+        return _adaptive(guard, adaptive, learning, name, rate, expected, ask)
     mechanism = guard.mechanism(guard.settings.fit, task.local.clip_norm)
     try:
-        got = private_gather(guard, name, mechanism, rate, expected, link, roster, plan_for, shapes, timeout)
+        got = private_gather(guard, name, mechanism, rate, expected, ask)
     except MaskingError as error:
         got = _given_up(f"the round is abandoned: {error}")
     return got, None
@@ -76,23 +68,15 @@ def _adaptive(
     name: str,
     rate: float,
     expected_cohort: float,
-    link: Link,
-    roster: Roster,
-    plan_for: PlanFor,
-    shapes: Shapes,
-    timeout_seconds: float | None,
+    ask: Ask,
 ) -> tuple[Gathered, float | None]:
     """Gather the sum and how many updates needed no clipping, and release both under one charge."""
     charge = guard.ledger.charge(name, mechanism.event(guard.charged(rate)), clip_norm=mechanism.clip_norm)
     secret = guard.secret(charge)
-    places = drawn(secret, roster, rate)
-
-    def expectation(n: int) -> Expectation:
-        return Expectation(shapes, n, mechanism.clip_norm, counts=("clipped",))
-
-    got = gather(link, roster, places, plan_for, expectation, timeout_seconds)
+    places = drawn(secret, ask.roster, rate)
+    got = gather(ask, places, mechanism.clip_norm, counts=("clipped",))
     within = got.n_clients - got.stats.get("clipped", 0.0)
-    total, noise = got.sums or zeros(shapes), guard.noise(secret)
+    total, noise = got.sums or zeros(ask.shapes), guard.noise(secret)
     mean, share = mechanism.noised(total, within, got.n_clients, expected_cohort, charge, noise)
     guard.told(charge, rate, expected_cohort, mean)
     return replace(got, sums=mean, stats={}), next_clip_norm(settings, mechanism.clip_norm, share)
@@ -104,10 +88,7 @@ def _correlated(
     cohort: TurnCohort,
     place: Place,
     task: FitTask,
-    link: Link,
-    roster: Roster,
-    plan_for: PlanFor,
-    shapes: Shapes,
+    ask: Ask,
 ) -> Gathered:
     """Gather the sum of those whose turn it is, with the round's row of correlated noise."""
     training = experiment.training
@@ -117,15 +98,12 @@ def _correlated(
         raise PrivacyError('People who take turns need correlated noise; set privacy.fit_noise.kind to "banded".')
     make = partial(guard.banded, settings, task.local.clip_norm, rounds - place.round, cohort.groups)
     stage = guard.stages.at(f"slice {place.slice}: rounds", place.round, make)
-    row = stage.begin(place.round, {name: shape for name, (shape, _) in shapes.items()})
+    row = stage.begin(place.round, {name: shape for name, (shape, _) in ask.shapes.items()})
     if row is None:
         return _given_up("the round was begun before the server stopped, and is not repeated with the same noise")
-    everybody = np.arange(roster.n_clients, dtype=np.int64)
-    bound = stage.mechanism.clip_norm
-    timeout = training.timeout_seconds
-    got = gather(link, roster, everybody, plan_for, lambda n: Expectation(shapes, n, bound), timeout)
+    got = gather(ask, bound=stage.mechanism.clip_norm)
     expected = guard.people(place.slice) / cohort.groups
-    sums = stage.mechanism.noised(got.sums or zeros(shapes), expected, stage.charge, row)
+    sums = stage.mechanism.noised(got.sums or zeros(ask.shapes), expected, stage.charge, row)
     guard.told(stage.charge, 1.0 / cohort.groups, expected, sums)
     return replace(got, sums=sums, stats={})
 

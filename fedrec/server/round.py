@@ -16,12 +16,11 @@ from fedrec.errors import FedrecError, RunError, TallyRefused
 from fedrec.models.build import MODELS, trained
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
-from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import FitTask, Turn
 from fedrec.random import Key
 from fedrec.server import optimizer
 from fedrec.server.anchor import item_means, pulled
-from fedrec.server.gather import Roster, gather
+from fedrec.server.gather import Ask, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.local import LocalMode
 from fedrec.server.private_fit import Place, private_fit
@@ -111,20 +110,14 @@ def run_round(
             download=training.download,
         )
 
+    ask = Ask(link, roster, plan_for, shapes, training.timeout_seconds)
     guard, next_clip_norm = recipe.guard, state.clip_norm
     if guard is None:
-        got = gather(
-            link,
-            roster,
-            sample(training.cohort, roster.n_clients, key.child("cohort")),
-            plan_for,
-            lambda n: Expectation(shapes, n, bound),
-            training.timeout_seconds,
-        )
+        got = gather(ask, sample(training.cohort, roster.n_clients, key.child("cohort")), bound)
         mean = named.scale(got.sums, 1.0 / got.n_clients) if got.n_clients else {}
     else:
         place = Place(time_slice.index, state.round)
-        got, next_clip_norm = private_fit(guard, recipe.experiment, place, task, link, roster, plan_for, shapes)
+        got, next_clip_norm = private_fit(guard, recipe.experiment, place, task, ask)
         mean = dict(got.sums)
     params, memory, norm = dict(state.params), dict(state.memory), 0.0
     if mean:

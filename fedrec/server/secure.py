@@ -15,9 +15,7 @@ from fedrec.privacy.masking import SHARE_BYTES
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import SecureSum
 from fedrec.privacy.terms import Terms, agree_on
-from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link, Verb
-from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import (
     ADVERT,
     SEALED,
@@ -34,7 +32,7 @@ from fedrec.protocol.secure import (
     unflatten,
 )
 from fedrec.random import Key
-from fedrec.server.gather import Gathered, Roster
+from fedrec.server.gather import Ask, Gathered, Roster
 from fedrec.server.session import SecureSumServer
 
 Request = AdvertiseRequest | ShareRequest | MaskRequest | UnmaskRequest
@@ -60,15 +58,11 @@ class SecureGathered(Gathered):
 
 
 def secure_gather(
-    link: Link,
-    roster: Roster,
+    ask: Ask,
     places: NDArray[np.int64],
-    plan_for: Callable[[NDArray[np.int64]], RoundPlan],
-    shapes: Shapes,
     mechanism: GaussianMechanism,
     charge: Charge,
     settings: SecureSum,
-    timeout_seconds: float | None,
     seed: Key | None = None,
 ) -> SecureGathered:
     """Ask the chosen clients for a masked sum to which each adds its share of the noise.
@@ -76,15 +70,11 @@ def secure_gather(
     A node that fails or answers wrongly is from then on treated as gone with all its clients.
 
     Args:
-        link: how to reach the nodes.
-        roster: the nodes and their eligible clients.
+        ask: what is asked of whom; the timeout is that of each of the four phases.
         places: chosen clients among all eligible ones.
-        plan_for: the plan for a node's slots.
-        shapes: what the sums look like.
         mechanism: clip norm and noise multiplier; the noise is added by the clients.
         charge: the ledger's receipt for exactly this release; it is used up before anybody is asked.
         settings: how the sum is protected.
-        timeout_seconds: how long to wait in each of the four phases.
         seed: names the session, from which clients then derive their noise, in a simulation; None: all of it comes
             from operating systems.
 
@@ -96,26 +86,26 @@ def secure_gather(
             (nothing was opened, the charge stands).
         PrivacyError: the charge is for another release or was used before.
     """
-    probe = plan_for(places[:0])
-    layout = layout_of({name: tuple(shape) for name, (shape, _) in shapes.items()})
+    probe = ask.plan_for(places[:0])
+    layout = layout_of({name: tuple(shape) for name, (shape, _) in ask.shapes.items()})
     session = (os.urandom(16) if seed is None else bytes.fromhex(seed.child("session").hex())[:16]).hex()
     terms = agree_on(
         session, probe.slice, probe.round, settings, len(places), layout,
         mechanism.clip_norm, mechanism.noise_multiplier, "system" if seed is None else "seed",
     )  # fmt: skip
     charge.use(mechanism.noise_multiplier, mechanism.clip_norm)
-    server = SecureSumServer(terms, _hosts(roster, places))
-    talk = _Talk(link, roster, timeout_seconds)
+    server = SecureSumServer(terms, _hosts(ask.roster, places))
+    talk = _Talk(ask.link, ask.roster, ask.timeout_seconds)
     talk.phase(
         "advertise", server.advertise_requests(), lambda n, d: server.advertised(n, AdvertiseReply.from_bytes(d))
     )
     talk.phase("share", server.share_requests(), lambda n, d: server.shared(n, ShareReply.from_bytes(d)))
-    talk.phase("mask", server.mask_requests(plan_for), lambda n, d: server.masked(n, MaskReply.from_bytes(d)))
+    talk.phase("mask", server.mask_requests(ask.plan_for), lambda n, d: server.masked(n, MaskReply.from_bytes(d)))
     talk.phase("unmask", server.unmask_requests(), lambda n, d: server.unmasked(n, UnmaskReply.from_bytes(d)))
     found = unflatten(terms, terms.grid.decode(server.result()))
     k, n_sharing = len(next(iter(server.neighbours.values()))), len(server.sharing)
     return SecureGathered(
-        {name: found[name].astype(dtype) for name, (_, dtype) in sorted(shapes.items())},
+        {name: found[name].astype(dtype) for name, (_, dtype) in sorted(ask.shapes.items())},
         len(server.arrived), {}, len(places), tuple(talk.refused), talk.bytes_down, talk.bytes_up,
         n_sharing=n_sharing,
         neighbours=k,

@@ -17,11 +17,10 @@ from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import SecureSum
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.plan import RoundPlan
-from fedrec.protocol.tally import Expectation
 from fedrec.protocol.task import AnyTask, CooccurrenceTask, CountTask, FitTask, LocalTraining
 from fedrec.random import Key
 from fedrec.server.app import GridLink, server_app
-from fedrec.server.gather import Roster, gather
+from fedrec.server.gather import Ask, Roster, gather
 from fedrec.server.secure import SecureGathered, secure_gather
 from tests.support import dataset_of, small_experiment, small_rows
 
@@ -44,12 +43,12 @@ def run(task: AnyTask, params: Any, inputs: Any, shapes: Shapes, clip: float, no
         roster = Roster(
             tuple((node, pool.name, size) for node, pool, size in zip(link.nodes(), pools, sizes, strict=True))
         )
-        places = np.arange(roster.n_clients, dtype=np.int64)
-        found.append(gather(link, roster, places, plan_for, lambda n: Expectation(shapes, n, clip), None))
+        ask = Ask(link, roster, plan_for, shapes)
+        found.append(gather(ask, bound=clip))
         mechanism = GaussianMechanism(clip, 1e-4)
         charge = PrivacyLedger(None, epsilon=None, delta=1e-5).charge("sum", mechanism.event(1.0), clip_norm=clip)
         settings = SecureSum(minimum=5, neighbours=28)
-        found.append(secure_gather(link, roster, places, plan_for, shapes, mechanism, charge, settings, None))
+        found.append(secure_gather(ask, ask.everybody, mechanism, charge, settings))
 
     server_app(main)(grid, grid.server_context())
     return found[0], found[1]

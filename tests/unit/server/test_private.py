@@ -23,6 +23,7 @@ from fedrec.privacy.events import GaussianEvent
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
+from fedrec.server.gather import Ask
 from fedrec.server.guard import Guard, calibrated, guard_of, planned, user_level
 from fedrec.server.judge import initial
 from fedrec.server.private import private_gather
@@ -208,7 +209,7 @@ def gathered(guard: Guard, link: PoolLink, multiplier: float, rate: float, cohor
         return RoundPlan(0, 0, task, PopularityConfig(), base.n_items, {}, Key.from_seed(0), digest, slots)
 
     mechanism = guard.mechanism(multiplier, 2.0)
-    return private_gather(guard, "counts", mechanism, rate, cohort, link, roster, plan_for, shapes, None).sums
+    return private_gather(guard, "counts", mechanism, rate, cohort, Ask(link, roster, plan_for, shapes)).sums
 
 
 def test_the_noised_sum_is_the_sum_plus_noise_of_clip_times_multiplier() -> None:

@@ -13,10 +13,10 @@ from fedrec.data.slices import TimeSlice
 from fedrec.errors import ProtocolError, RunError
 from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.plan import Census, RoundPlan
-from fedrec.protocol.tally import Expectation, Tally
+from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import FitTask
 from fedrec.server import optimizer
-from fedrec.server.gather import Gathered, Roster, gather
+from fedrec.server.gather import Ask, Gathered, Roster, gather
 from fedrec.server.judge import initial
 from fedrec.server.round import Recipe, round_key, run_round, take_census
 from fedrec.server.run import cut
@@ -52,16 +52,13 @@ def fit(link: PoolLink, roster: Roster, state: ServerState, places: np.ndarray |
     shapes = {name: (value.shape, value.dtype) for name, value in state.params.items()}
     if places is None:
         places = sample(EXPERIMENT.training.cohort, roster.n_clients, key.child("cohort"))
-    return gather(
-        link,
-        roster,
-        places,
-        lambda slots: RoundPlan(
+
+    def plan_for(slots: np.ndarray) -> RoundPlan:
+        return RoundPlan(
             0, state.round, task, EXPERIMENT.model, BASE.n_items, state.params, key, RECIPE.catalog_digest, slots
-        ),
-        lambda n: Expectation(shapes, n, task.local.clip_norm),
-        None,
-    )
+        )
+
+    return gather(Ask(link, roster, plan_for, shapes), places, task.local.clip_norm)
 
 
 def changed(change: Callable[[Tally], Tally]) -> Tamper:
