@@ -15,7 +15,7 @@ from fedrec.client.trainer import Trained, cache_block
 from fedrec.data.batches import Cohort
 from fedrec.errors import PrivacyError, ProtocolError
 from fedrec.models.build import restore
-from fedrec.models.recommender import Recommender
+from fedrec.models.recommender import Recommender, learnt
 from fedrec.params import Accumulator, Array, Params
 from fedrec.privacy.clip import clip_factors
 from fedrec.privacy.local import fit_deviation, replacing, upload_bound
@@ -93,7 +93,7 @@ def _by_users(
             charge = charges[client]
             if charge is None:
                 continue
-            totals = {key: torch.zeros_like(value) for key, value in model.named_parameters()}
+            totals = {key: torch.zeros_like(value) for key, value in learnt(model).items()}
             _alone(trained, place).add_to(totals, factors[place : place + 1])
             exact = {key: value.detach().numpy() for key, value in totals.items()}
             source = budget.source(budget.secret(client, charge, plan))

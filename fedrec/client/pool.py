@@ -168,6 +168,7 @@ class LogPool:
         from fedrec.client.trainer import cache_block, train_each
         from fedrec.client.vectorised import train_batched
         from fedrec.models.build import restore
+        from fedrec.models.recommender import learnt
 
         train = train_batched if self.engine == "batched" else train_each
         if self.budget is not None and task.private is not None:
@@ -175,7 +176,7 @@ class LogPool:
 
             return fit_locally(plan, task, task.private, cohort, self.budget, train)
         model = restore(plan.model, plan.n_items, plan.params)
-        totals = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+        totals = {name: torch.zeros_like(value) for name, value in learnt(model).items()}
         n_clients, loss, n_clipped = 0, 0.0, 0
         for part in _by_length(cohort, self.block or cache_block(model, task.local.steps)):
             trained = train(model, part, task.local, plan.key)

@@ -22,7 +22,7 @@ from fedrec.client.vectorised import train_batched
 from fedrec.data.batches import Cohort
 from fedrec.data.log import InteractionLog
 from fedrec.errors import PrivacyError
-from fedrec.models.recommender import Recommender
+from fedrec.models.recommender import Recommender, learnt
 from fedrec.params import Array
 from fedrec.privacy.events import GaussianEvent
 from fedrec.privacy.ledger import Charge
@@ -116,7 +116,7 @@ def fit_windows(
     if charge.entry.event != window_event(unit, noise_multiplier, local.steps):
         raise PrivacyError(f"'{charge.entry.name}' was charged for another event than these {local.steps} steps.")
     own = copy.deepcopy(model)
-    optimizer = _Optimizer(own.parameters(), local.learning_rate, noise_multiplier, unit.clip_norm, charge, source)
+    optimizer = _Optimizer(learnt(own).values(), local.learning_rate, noise_multiplier, unit.clip_norm, charge, source)
     accountant = RDPAccountant()
     optimizer.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=unit.sampling))
     windows = windows_of(person, unit.length)
@@ -127,12 +127,12 @@ def fit_windows(
     if accountant.history != [(noise_multiplier, unit.sampling, local.steps)]:
         raise PrivacyError(f"'{charge.entry.name}' paid for other steps than were taken: {accountant.history}.")
     shared = dict(model.named_parameters())
-    return {name: (value.detach() - shared[name].detach()).numpy() for name, value in own.named_parameters()}
+    return {name: (value.detach() - shared[name].detach()).numpy() for name, value in learnt(own).items()}
 
 
 def _step(model: Recommender, optimizer: _Optimizer, windows: Cohort, drawn: NDArray[np.int64], key: Key) -> None:
     """Take one step on the drawn windows, some at a time; with none there is a step of noise alone."""
-    named = dict(model.named_parameters())
+    named = learnt(model)
     at_once = max(1, GRADIENT_BYTES // (4 * sum(value.numel() for value in named.values())))
     parts = [drawn[start : start + at_once] for start in range(0, len(drawn), at_once)] or [drawn]
     for number, part in enumerate(parts):

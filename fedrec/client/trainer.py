@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedrec.client.memory import rehearsing
 from fedrec.data.batches import Batch, Cohort, draw
-from fedrec.models.recommender import Recommender, to_torch
+from fedrec.models.recommender import Recommender, learnt, to_torch
 from fedrec.protocol.task import LocalTraining
 from fedrec.random import Key
 
@@ -111,7 +111,7 @@ def train_each(model: Recommender, cohort: Cohort, local: LocalTraining, key: Ke
         local: steps and learning rate.
         key: of this round.
     """
-    shared = {name: value.detach().clone() for name, value in model.named_parameters()}
+    shared = {name: value.detach().clone() for name, value in learnt(model).items()}
     deltas: list[Tensors] = []
     losses: list[Tensor] = []
     for place in range(len(cohort)):

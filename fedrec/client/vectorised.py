@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from fedrec.client.trainer import Trained, in_cache, step_batches
 from fedrec.data.batches import START, Batch, Cohort
-from fedrec.models.recommender import Recommender, to_torch
+from fedrec.models.recommender import Recommender, learnt, to_torch
 from fedrec.protocol.task import LocalTraining
 from fedrec.random import Key
 
@@ -40,12 +40,20 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
         if name in sparse
         else value.detach().expand(len(cohort), *value.shape)
         for name, value in model.named_parameters()
+        if value.requires_grad
     }
+    # Tables that nobody trains are cut to each client's rows all the same, since the batch is renumbered.
+    frozen = {
+        name: F.embedding(touched, value)
+        for name, value in model.named_parameters()
+        if name in sparse and not value.requires_grad
+    }
+    sparse = sparse & start.keys()
     own, first = start, torch.zeros(0)
     for step, batch in enumerate(batches):
         held = {name: value.detach().requires_grad_() for name, value in own.items()}
         mine = {name: value.detach().requires_grad_() for name, value in kept.items()}
-        losses = functional_call(model, held, (to_torch(batch), mine))
+        losses = functional_call(model, {**held, **frozen}, (to_torch(batch), mine))
         first = losses.detach() if step == 0 else first
         # Scaling the few losses makes every gradient the move itself: no pass over memory is spent on the rate.
         scale = torch.full_like(losses, -local.learning_rate)
@@ -60,7 +68,7 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
         kept = {name: value + move for (name, value), move in zip(kept.items(), moves[len(held) :], strict=True)}
     deltas = {
         name: _less(own[name], value.detach(), touched if name in sparse else None)
-        for name, value in model.named_parameters()
+        for name, value in learnt(model).items()
     }
     return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, first)
 

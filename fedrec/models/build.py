@@ -13,12 +13,15 @@ from fedrec.models.configs import (
     FactorisationConfig,
     PopularityConfig,
     SpectralConfig,
+    TextTransformerConfig,
     TransformerConfig,
 )
 from fedrec.models.factorisation import Factorisation
+from fedrec.models.freeze import trains
 from fedrec.models.popularity import Popularity
 from fedrec.models.recommender import Recommender, set_params
 from fedrec.models.spectral import Spectral
+from fedrec.models.text import TextTransformer
 from fedrec.models.transformer import Transformer
 from fedrec.params import Params
 from fedrec.random import Key
@@ -28,6 +31,7 @@ MODELS: dict[type[Any], type[Any]] = {
     SpectralConfig: Spectral,
     FactorisationConfig: Factorisation,
     TransformerConfig: Transformer,
+    TextTransformerConfig: TextTransformer,
     BlendConfig: Blend,
 }
 
@@ -35,6 +39,8 @@ MODELS: dict[type[Any], type[Any]] = {
 def build(config: AnyModelConfig, n_items: int, key: Key) -> Recommender:
     """Return a fresh model for `n_items` items, its initial values drawn from `key`."""
     model: Recommender = MODELS[type(config)](config, n_items, key)
+    for name, value in model.named_parameters():
+        value.requires_grad_(trains(config, name))
     return model
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fedrec.data.features import FeatureSettings
 
 
 class _Settings(BaseModel):
@@ -81,10 +83,9 @@ class SpectralConfig(_Settings):
     given popularity and the public features; less keeps more of the pairs and of the noise, 0 leaves pairs alone."""
 
 
-class TransformerConfig(_Settings):
-    """A causal transformer over the item sequence (SASRec family)."""
+class _Sequence(_Settings):
+    """What transformers over the item sequence share."""
 
-    kind: Literal["transformer"] = "transformer"
     dim: int = Field(default=64, ge=2)
     """Width of item vectors and hidden states."""
     blocks: int = Field(default=1, ge=1)
@@ -107,6 +108,35 @@ class TransformerConfig(_Settings):
     """The training loss."""
 
 
+class TransformerConfig(_Sequence):
+    """A causal transformer over the item sequence (SASRec family)."""
+
+    kind: Literal["transformer"] = "transformer"
+
+
+class TextTransformerConfig(_Sequence):
+    """The same over items that are known by public text vectors, so that an item that joins today has one at once."""
+
+    kind: Literal["text_transformer"] = "text_transformer"
+    features: FeatureSettings = FeatureSettings(rank=128, fourier=0)
+    """How the server makes the vectors of items; they are released with the model and never trained."""
+    residual: int = Field(default=16, ge=1)
+    """How many numbers of its own an item has beside its text: the rank of what is added to the projected vectors."""
+    lora: int = Field(default=0, ge=0)
+    """Rank of the adapters beside every linear layer of the blocks and the projection; 0: none."""
+    train: Literal["all", "top", "adapters", "head"] = "all"
+    """What rounds train and updates carry: everything but the text; the `top` highest blocks and the head; the adapters
+    and the items' own numbers; or the head alone, which is the items' own numbers, their mixing and the last norm."""
+    top: int = Field(default=1, ge=1)
+    """How many blocks are trained with train = "top"."""
+
+    @model_validator(mode="after")
+    def _adapters_are_there(self) -> TextTransformerConfig:
+        if self.train == "adapters" and not self.lora:
+            raise ValueError('train = "adapters" needs adapters; set lora to their rank, for example 4')
+        return self
+
+
 class BlendConfig(_Settings):
     """A spectral model as prior, and a fitted one that is added to it only as far as validation says that it helps."""
 
@@ -122,11 +152,14 @@ class BlendConfig(_Settings):
 
 
 ModelConfig = Annotated[
-    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig,
+    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | TextTransformerConfig | BlendConfig,
     Field(discriminator="kind"),
 ]
 TrainedConfig = Annotated[
-    SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig, Field(discriminator="kind")
+    SpectralConfig | FactorisationConfig | TransformerConfig | TextTransformerConfig | BlendConfig,
+    Field(discriminator="kind"),
 ]
 """Models that an experiment may release; popularity comes from counts and is always a row beside them."""
-AnyModelConfig = PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | BlendConfig
+AnyModelConfig = (
+    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | TextTransformerConfig | BlendConfig
+)

@@ -74,15 +74,23 @@ def _scramble(h: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 
 def linear(
-    x: Float[Tensor, "b l i"], weight: Float[Tensor, "*own o i"], bias: Float[Tensor, "*own o"]
-) -> Float[Tensor, "b l o"]:
-    """Return ``x W^T + b`` with one W for all people, or one for each."""
+    x: Float[Tensor, "*b l i"], weight: Float[Tensor, "*own o i"], bias: Float[Tensor, "*own o"]
+) -> Float[Tensor, "*c l o"]:
+    """Return ``x W^T + b`` with one W for all people, or one for each; x without an axis of people is everybody's."""
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
+    x = x if x.dim() == 3 else x.expand(len(weight), *x.shape)
     if weight.stride(0) == 0:
         shared: Tensor = _SharedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return shared
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+
+def product(x: Float[Tensor, "*b l i"], weight: Float[Tensor, "*own o i"]) -> Float[Tensor, "*c l o"]:
+    """Return ``x W^T`` with one W for all people, or one for each; x without an axis of people is everybody's."""
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return (x if x.dim() == 3 else x.expand(len(weight), *x.shape)) @ weight.transpose(1, 2)
 
 
 def layer_norm(
@@ -133,9 +141,31 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(normal(key, (n_out, n_in), (2.0 / (n_in + n_out)) ** 0.5))
         self.bias = nn.Parameter(torch.zeros(n_out))
 
-    def forward(self, x: Float[Tensor, "b l i"]) -> Float[Tensor, "b l o"]:
+    def forward(self, x: Float[Tensor, "*b l i"]) -> Float[Tensor, "*c l o"]:
         """Apply it."""
         return linear(x, self.weight, self.bias)
+
+
+class Adapted(Linear):
+    """A linear layer with a low-rank term beside it: ``x W^T + b + (x D^T) U^T``, U = 0 at first.
+
+    Source: Hu et al., ICLR 2022 (LoRA), equation 3, with alpha = r.
+    """
+
+    def __init__(self, n_in: int, n_out: int, key: Key, rank: int) -> None:
+        """Draw weight and D from `key`."""
+        super().__init__(n_in, n_out, key)
+        self.down = nn.Parameter(normal(key.child("down"), (rank, n_in), n_in**-0.5))
+        self.up = nn.Parameter(torch.zeros(n_out, rank))
+
+    def forward(self, x: Float[Tensor, "*b l i"]) -> Float[Tensor, "*c l o"]:
+        """Apply both terms."""
+        return linear(x, self.weight, self.bias) + product(product(x, self.down), self.up)
+
+
+def make_linear(n_in: int, n_out: int, key: Key, rank: int) -> Linear:
+    """Return a linear layer, with adapters of this rank unless it is 0."""
+    return Adapted(n_in, n_out, key, rank) if rank else Linear(n_in, n_out, key)
 
 
 class LayerNorm(nn.Module):

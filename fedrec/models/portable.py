@@ -16,9 +16,10 @@ from fedrec.models.configs import (
     FactorisationConfig,
     PopularityConfig,
     SpectralConfig,
+    TextTransformerConfig,
     TransformerConfig,
 )
-from fedrec.params import Params
+from fedrec.params import Array, Params
 
 Floats = NDArray[np.float32]
 _NORM_EPSILON = 1e-5
@@ -43,6 +44,12 @@ def expected_shapes(config: AnyModelConfig, n_items: int) -> dict[str, tuple[int
             "weight": (1,),
             "spread": (dim, dim),
         }
+    if isinstance(config, TextTransformerConfig):
+        return _text_shapes(config, n_items)
+    return _sequence_shapes(config, n_items)
+
+
+def _sequence_shapes(config: TransformerConfig | TextTransformerConfig, n_items: int) -> dict[str, tuple[int, ...]]:
     d, wide = config.dim, config.expand * config.dim
     block: dict[str, tuple[int, ...]] = {"recency": (config.heads, config.length)}
     block |= {f"{norm}.{name}": (d,) for norm in ("norm1", "norm2") for name in ("weight", "bias")}
@@ -56,6 +63,33 @@ def expected_shapes(config: AnyModelConfig, n_items: int) -> dict[str, tuple[int
     shapes = {f"blocks.{i}.{name}": shape for i in range(config.blocks) for name, shape in block.items()}
     ends: dict[str, tuple[int, ...]] = {"norm.weight": (d,), "norm.bias": (d,), "start": (d,)}
     return {"item": (n_items, d), "position": (config.length, d), **ends, **shapes}
+
+
+def _text_shapes(config: TextTransformerConfig, n_items: int) -> dict[str, tuple[int, ...]]:
+    shapes = _sequence_shapes(config, n_items)
+    del shapes["item"]
+    rank, own = config.features.rank, config.residual
+    shapes |= {"text": (n_items, rank), "residual": (n_items, own), "mix": (config.dim, own)}
+    shapes |= {"projection.weight": (config.dim, rank), "projection.bias": (config.dim,)}
+    if config.lora:
+        for name in [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]:
+            n_out, n_in = shapes[name]
+            layer = name.removesuffix(".weight")
+            shapes |= {f"{layer}.down": (config.lora, n_in), f"{layer}.up": (n_out, config.lora)}
+    return shapes
+
+
+def merged(config: TextTransformerConfig, params: Params) -> tuple[TransformerConfig, dict[str, Array]]:
+    """Return the plain transformer that scores the same: adapters added to their weights, item vectors made once."""
+    found = {name: np.asarray(value) for name, value in params.items() if not name.endswith((".down", ".up"))}
+    for name in params:
+        if name.endswith(".up"):
+            layer = name.removesuffix(".up")
+            found[f"{layer}.weight"] = found[f"{layer}.weight"] + params[name] @ params[f"{layer}.down"]
+    text, weight, bias = found.pop("text"), found.pop("projection.weight"), found.pop("projection.bias")
+    found["item"] = text @ weight.T + bias + found.pop("residual") @ found.pop("mix").T
+    own = {"kind", "features", "residual", "lora", "train", "top"}
+    return TransformerConfig(**config.model_dump(exclude=own)), found
 
 
 def check_params(config: AnyModelConfig, n_items: int, params: Params) -> None:
@@ -88,6 +122,8 @@ def score(config: AnyModelConfig, params: Params, history: Sequence[int]) -> Flo
         scale = float(params["weight"][0]) / math.sqrt(variance) if variance > 0 else 0.0
         blended: Floats = prior + fitted["item"] @ (user * np.float32(scale))
         return blended
+    if isinstance(config, TextTransformerConfig):
+        config, params = merged(config, params)
     scores: Floats = params["item"] @ _user(config, params, history)
     return scores
 

@@ -85,6 +85,11 @@ class Recommender(nn.Module, ABC):
         """Return a model for a larger catalogue that scores the old items exactly as before."""
 
 
+def learnt(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained and travel in updates; the others are frozen and known by all."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
 def get_params(model: nn.Module) -> dict[str, Array]:
     """Return a copy of the model's parameters as NumPy arrays."""
     return {name: value.detach().cpu().numpy().copy() for name, value in model.named_parameters()}

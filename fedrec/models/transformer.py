@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fedrec.data.batches import START, Batch, BatchSpec
 from fedrec.errors import ConfigError
-from fedrec.models.configs import SampledSoftmax, TransformerConfig
-from fedrec.models.layers import LayerNorm, Linear, by_distance, normal, normal_rows, rows, seeded_dropout
+from fedrec.models.configs import SampledSoftmax, TextTransformerConfig, TransformerConfig
+from fedrec.models.layers import LayerNorm, by_distance, make_linear, normal, normal_rows, rows, seeded_dropout
 from fedrec.models.losses import lookahead, sampled_softmax
 from fedrec.models.recommender import Recommender, copy_grown
 from fedrec.random import Key
@@ -28,17 +28,17 @@ class Block(nn.Module):
     Attention adds a learned number per head and distance, so that recency counts at every place.
     """
 
-    def __init__(self, config: TransformerConfig, index: int, key: Key) -> None:
+    def __init__(self, config: TransformerConfig | TextTransformerConfig, index: int, key: Key, lora: int = 0) -> None:
         """Draw the weights from `key` (Xavier)."""
         super().__init__()
         d = config.dim
         self.heads, self.dropout, self.site = config.heads, config.dropout, 4 * index + 1
         self.norm1, self.norm2 = LayerNorm(d), LayerNorm(d)
         self.recency = nn.Parameter(torch.zeros(config.heads, config.length))
-        self.query_key_value = Linear(d, 3 * d, key.child("qkv"))
-        self.project = Linear(d, d, key.child("project"))
-        self.widen = Linear(d, config.expand * d, key.child("widen"))
-        self.narrow = Linear(config.expand * d, d, key.child("narrow"))
+        self.query_key_value = make_linear(d, 3 * d, key.child("qkv"), lora)
+        self.project = make_linear(d, d, key.child("project"), lora)
+        self.widen = make_linear(d, config.expand * d, key.child("widen"), lora)
+        self.narrow = make_linear(config.expand * d, d, key.child("narrow"), lora)
 
     def forward(self, x: Float[Tensor, "b l d"], seeds: Int[Tensor, " b"] | None) -> Float[Tensor, "b l d"]:
         """Apply the block; a position sees itself and those before it."""
@@ -65,7 +65,7 @@ class Transformer(Recommender):
 
     row_names: ClassVar[frozenset[str]] = frozenset({"item"})
 
-    def __init__(self, config: TransformerConfig, n_items: int, key: Key) -> None:
+    def __init__(self, config: TransformerConfig | TextTransformerConfig, n_items: int, key: Key) -> None:
         """Draw the weights from `key`.
 
         Raises:
@@ -76,16 +76,29 @@ class Transformer(Recommender):
             raise ConfigError(
                 f"model.heads = {config.heads} does not divide model.dim = {config.dim}; choose one that does."
             )
-        self.config: TransformerConfig = config
+        self.config = self.settings = config
         self.n_items = n_items
         self.gathers = isinstance(config.softmax, SampledSoftmax)
         negatives = config.softmax.negatives if isinstance(config.softmax, SampledSoftmax) else None
         self.spec = BatchSpec("causal", config.length, config.windows, negatives=negatives)
-        self.item = nn.Parameter(normal_rows(key.child("item"), 0, n_items, config.dim, INITIAL))
+        self.make_items(key)
+        lora = config.lora if isinstance(config, TextTransformerConfig) else 0
         self.start = nn.Parameter(normal(key.child("start"), (config.dim,), INITIAL))
         self.position = nn.Parameter(normal(key.child("position"), (config.length, config.dim), INITIAL))
-        self.blocks = nn.ModuleList(Block(config, i, key.child("block", i)) for i in range(config.blocks))
+        self.blocks = nn.ModuleList(Block(config, i, key.child("block", i), lora) for i in range(config.blocks))
         self.norm = LayerNorm(config.dim)
+
+    def make_items(self, key: Key) -> None:
+        """Draw what item vectors are made of."""
+        self.item = nn.Parameter(normal_rows(key.child("item"), 0, self.n_items, self.settings.dim, INITIAL))
+
+    def vectors(self, numbers: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+        """Return the vectors of items by number."""
+        return rows(self.item, numbers)
+
+    def table(self) -> Float[Tensor, "*own n d"]:
+        """Return the vectors of all items."""
+        return self.item
 
     def hidden(
         self,
@@ -95,9 +108,9 @@ class Transformer(Recommender):
     ) -> Float[Tensor, "b l d"]:
         """Return the state after each input; `seeds` turns dropout on, `vectors` are the inputs' rows if at hand."""
         n = items.shape[1]
-        vectors = rows(self.item, items.clamp(min=0)) if vectors is None else vectors
-        x = torch.where((items == START)[..., None], self.start[..., None, :], vectors) * self.config.dim**0.5
-        x = seeded_dropout(x + self.position[..., :n, :], self.config.dropout, seeds, 0)
+        vectors = self.vectors(items.clamp(min=0)) if vectors is None else vectors
+        x = torch.where((items == START)[..., None], self.start[..., None, :], vectors) * self.settings.dim**0.5
+        x = seeded_dropout(x + self.position[..., :n, :], self.settings.dropout, seeds, 0)
         for block in self.blocks:
             x = block(x, seeds)
         out: Tensor = self.norm(x)
@@ -113,20 +126,20 @@ class Transformer(Recommender):
     ) -> Float[Tensor, "b n"] | Float[Tensor, "b k"]:
         """Return ``h_u . v_i``."""
         if items is None:
-            return users @ self.item.T
-        return torch.einsum("bd,bkd->bk", users, rows(self.item, items))
+            return users @ self.table().T
+        return torch.einsum("bd,bkd->bk", users, self.vectors(items))
 
     def score_into(self, users: Float[Tensor, "b d"], out: Float[Tensor, "b n"]) -> None:
         """Write the scores of the whole catalogue into `out`."""
-        torch.mm(users, self.item.T, out=out)
+        torch.mm(users, self.table().T, out=out)
 
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the mean softmax loss over each person's targets, with dropout seeded by the batch."""
-        n, c = batch.inputs.shape[1], self.config
+        n, c = batch.inputs.shape[1], self.settings
         # One look-up of all rows, so that one gradient of the table comes back.
         numbers = [batch.inputs.clamp(min=0), batch.targets, *([batch.negatives] if self.gathers else [])]
         sizes = [part.shape[1] for part in numbers]
-        inputs, targets, *rest = rows(self.item, torch.cat(numbers, 1)).split_with_sizes(sizes, 1)
+        inputs, targets, *rest = self.vectors(torch.cat(numbers, 1)).split_with_sizes(sizes, 1)
         states = self.hidden(batch.inputs, batch.seeds, inputs)  # [b t d]
         # The target after next, and so on: shifted products, zero past the end.
         shifts = range(min(c.horizon, n))
@@ -136,7 +149,7 @@ class Transformer(Recommender):
             negative = states @ rest[0].transpose(-1, -2)
             stands_for = max(self.n_items - 1, 1) / batch.negatives.shape[-1]
         else:
-            negative, stands_for = states @ self.item.transpose(-1, -2), 1.0
+            negative, stands_for = states @ self.table().transpose(-1, -2), 1.0
         had = batch.negative_since[:, None] <= torch.arange(n)[:, None]  # [b t n]
         is_target = batch.targets[..., None] == batch.negatives[:, None]
         wanted = lookahead(logits, there, c.horizon_decay)
@@ -144,6 +157,6 @@ class Transformer(Recommender):
 
     def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a copy with freshly drawn vectors for the new items."""
-        grown = type(self)(self.config, n_items, key)
+        grown = type(self)(self.settings, n_items, key)
         copy_grown(self, grown)
         return grown

@@ -29,6 +29,8 @@ def pulled(delta: Params, params: Params, anchor: Params, strength: float) -> di
     found = dict(delta)
     if strength:
         for name, old in anchor.items():
+            if name not in delta:  # frozen
+                continue
             step = np.array(delta[name])
             step[_rows(old)] -= strength * (params[name][_rows(old)] - old)
             found[name] = step.astype(delta[name].dtype)

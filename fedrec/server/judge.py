@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec.data.slices import TimeSlice, TimeWindow
+from fedrec.errors import RunError
 from fedrec.evaluation.intervals import Estimate, difference, summarise
 from fedrec.evaluation.metrics import GROUPS, metric_names, private_names, private_norm
 from fedrec.models.build import build, trained
 from fedrec.models.configs import AnyModelConfig, PopularityConfig
+from fedrec.models.freeze import PUBLIC, needs_vectors
 from fedrec.models.recommender import get_params
 from fedrec.params import Params
 from fedrec.protocol.link import Link
@@ -228,12 +230,26 @@ def grown(model: AnyModelConfig, params: Params, n_items: int, recipe: Recipe) -
         return params
     from fedrec.models.build import restore
 
-    return get_params(restore(model, rows, params).grow(n_items, config_key))
+    return placed(model, get_params(restore(model, rows, params).grow(n_items, config_key)), recipe)
 
 
 def initial(model: AnyModelConfig, n_items: int, recipe: Recipe) -> Params:
     """Return the parameters of a fresh model."""
-    return get_params(build(model, n_items, ServerState.root_key(recipe.experiment).child("model", model.kind)))
+    fresh = get_params(build(model, n_items, ServerState.root_key(recipe.experiment).child("model", model.kind)))
+    return placed(model, fresh, recipe)
+
+
+def placed(model: AnyModelConfig, params: Params, recipe: Recipe) -> Params:
+    """Return the parameters with the public vectors of all items in their place, those that have just joined too.
+
+    Raises:
+        RunError: the recipe has no vectors.
+    """
+    if not needs_vectors(model):
+        return params
+    if recipe.vectors is None:
+        raise RunError("This model knows items by public vectors, and the run was given none.")
+    return {**params, PUBLIC: recipe.vectors[: len(params[PUBLIC])]}
 
 
 def _row_names(model: AnyModelConfig) -> frozenset[str]:

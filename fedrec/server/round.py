@@ -14,6 +14,7 @@ from fedrec.config import Experiment, TurnCohort
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
 from fedrec.errors import FedrecError, RunError, TallyRefused
 from fedrec.models.build import MODELS, trained
+from fedrec.models.freeze import trainable
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.task import FitTask, Turn
@@ -40,6 +41,7 @@ class Recipe:
         clock: seconds, for measuring how long a round takes.
         guard: ledger and noise of a run that is private at user level.
         local: what is asked of clients that trust nobody.
+        vectors: [n, d] public vectors of all items of the catalogue, for models that know items by their text.
     """
 
     experiment: Experiment
@@ -47,6 +49,7 @@ class Recipe:
     clock: Clock
     guard: Guard | None = None
     local: LocalMode | None = None
+    vectors: NDArray[np.float32] | None = None
 
 
 def take_census(link: Link, window: TimeWindow | LastWindow, recipe: Recipe) -> Roster:
@@ -86,21 +89,23 @@ def run_round(
     clip_norm = state.clip_norm or training.local.clip_norm
     local = training.local.model_copy(update={"clip_norm": clip_norm})
     mode = recipe.local
-    bound = clip_norm if mode is None else mode.fit_bound(local, state.params)
+    model = trained(recipe.experiment.model)
+    learnt = {name: state.params[name] for name in trainable(model, state.params)}
+    bound = clip_norm if mode is None else mode.fit_bound(local, learnt)
     task = FitTask(
         window=time_slice.fit or time_slice.train,
         local=local,
         turn=turn_of(recipe.experiment, time_slice.index, state.round),
         private=None if mode is None else mode.fit,
     )
-    shapes = {name: (value.shape, value.dtype) for name, value in state.params.items()}
+    shapes = {name: (value.shape, value.dtype) for name, value in learnt.items()}
 
     def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
         return RoundPlan(
             time_slice.index,
             state.round,
             task,
-            trained(recipe.experiment.model),
+            model,
             time_slice.n_items,
             state.params,
             key,
@@ -124,10 +129,11 @@ def run_round(
         norm = named.norm(mean)
         stage = training.base if time_slice.index == 0 else training.later
         mean = pulled(mean, params, state.anchor, training.anchor)
-        params, memory = optimizer.step(training.server, params, memory, mean, optimizer.speed(stage, state.round))
-        rows = MODELS[type(trained(recipe.experiment.model))].row_names
-        params = item_means(params, state.anchor, training.item_mean, rows)
+        learnt, memory = optimizer.step(training.server, learnt, memory, mean, optimizer.speed(stage, state.round))
+        rows = MODELS[type(model)].row_names & learnt.keys()
+        params |= item_means(learnt, state.anchor, training.item_mean, rows)
     average = optimizer.averaged(state.average, params, training.average, state.round)
+    average |= {name: params[name] for name in average.keys() - learnt.keys()}  # what is frozen stays, bit for bit
     record = {
         "slice": time_slice.index,
         "round": state.round,

@@ -15,13 +15,14 @@ from typing import Any
 from fedrec import __version__
 from fedrec.config import BlockSplit, Experiment, LeaveOneOutSplit
 from fedrec.data.blocks import block_slices
+from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
-from fedrec.data.features import make_encoder
+from fedrec.data.features import Matrix, item_features, make_encoder
 from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices, with_validation
 from fedrec.errors import ConfigError, PrivacyError, RunError
 from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build
-from fedrec.models.configs import BlendConfig, SpectralConfig
+from fedrec.models.configs import BlendConfig, SpectralConfig, TextTransformerConfig
 from fedrec.privacy.accounting import check_delta
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
@@ -119,7 +120,8 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     Raises:
         FedrecError: the data cannot be cut as asked, or settings contradict each other.
     """
-    cut(experiment, dataset)
+    slices = cut(experiment, dataset)
+    public_vectors(experiment, dataset.catalog, slices[0].n_items)
     metric_names(experiment.evaluation.ks)
     build(experiment.model, 1, ServerState.root_key(experiment))
     _check_statistics(experiment, dataset)
@@ -206,7 +208,10 @@ def run_experiment(
     from fedrec.evaluation.report import write_report
 
     slices = cut(experiment, dataset)
-    recipe = Recipe(experiment, dataset.catalog.digest(), clock, local=local_mode(experiment))
+    recipe = Recipe(
+        experiment, dataset.catalog.digest(), clock, local=local_mode(experiment),
+        vectors=public_vectors(experiment, dataset.catalog, slices[0].n_items),
+    )  # fmt: skip
     with ExitStack() as stack:
         if isinstance(experiment.privacy, UserLevelPrivacy):
             guard = _guard(experiment, folder, link, slices[0], recipe, observe)
@@ -231,6 +236,16 @@ def run_experiment(
         document = describe(state, experiment, dataset, command, recipe.guard)
     write_report(document, folder.path)
     return document
+
+
+def public_vectors(experiment: Experiment, catalog: ItemCatalog, n_fitted: int) -> Matrix | None:
+    """Return [n, d] vectors of all items, in the space that the first `n_fitted` lay down; None: the model needs none.
+
+    Raises:
+        DataError: the items have neither text nor attributes, or the encoder is not installed.
+    """
+    model = experiment.model
+    return item_features(catalog, model.features, n_fitted) if isinstance(model, TextTransformerConfig) else None
 
 
 def _guard(

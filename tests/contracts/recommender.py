@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,10 @@ from fedrec.models.configs import (
     PopularityConfig,
     SampledSoftmax,
     SpectralConfig,
+    TextTransformerConfig,
     TransformerConfig,
 )
+from fedrec.models.freeze import PUBLIC, trainable
 from fedrec.models.recommender import Recommender, get_params, set_params, to_torch
 from fedrec.params import Params
 from fedrec.protocol.plan import RoundPlan
@@ -69,6 +72,12 @@ def _transformer(softmax: FullSoftmax | SampledSoftmax) -> TransformerConfig:
     return TransformerConfig(dim=16, heads=2, expand=2, length=16, dropout=0.1, softmax=softmax)
 
 
+def _text(**changes: Any) -> TextTransformerConfig:
+    settings: dict[str, Any] = {"dim": 16, "heads": 2, "expand": 2, "length": 16, "dropout": 0.1, "residual": 8}
+    settings |= {"features": FeatureSettings(rank=12, fourier=0), "softmax": SampledSoftmax(negatives=16)}
+    return TextTransformerConfig(**settings | changes)
+
+
 RECOMMENDERS: dict[str, Entry] = {
     "popularity": Entry(PopularityConfig()),
     "spectral": Entry(SpectralConfig(item_rank=6, feature_rank=4, length=16), rounds=1),
@@ -85,6 +94,15 @@ RECOMMENDERS: dict[str, Entry] = {
     ),
     "transformer": Entry(_transformer(SampledSoftmax(negatives=16)), rounds=120, sequential=True),
     "transformer, full softmax": Entry(_transformer(FullSoftmax()), rounds=120, sequential=True),
+    "text transformer": Entry(_text(), rounds=120, sequential=True),
+    "text transformer, full softmax": Entry(_text(softmax=FullSoftmax()), rounds=120, sequential=True),
+    "text transformer, adapters": Entry(
+        _text(lora=8, train="adapters", residual=16),
+        rounds=250,
+        server=AdamConfig(learning_rate=0.05),
+        sequential=True,
+    ),
+    "text transformer, top block": Entry(_text(blocks=2, train="top"), rounds=200, sequential=True),
 }
 
 
@@ -131,7 +149,11 @@ def federate(
     slots = np.arange(pool.census(window, digest), dtype=np.int64)
     task = FitTask(window=window, local=entry.local)
     params: Params = get_params(build(wanted, n_items, KEY.child("model")))
-    expected = Expectation({n: (v.shape, v.dtype) for n, v in params.items()}, len(slots), task.local.clip_norm)
+    if isinstance(wanted, TextTransformerConfig):
+        params = {**params, PUBLIC: item_features(dataset.catalog, wanted.features)}
+    learnt = trainable(wanted, params)
+    shapes = {name: (params[name].shape, params[name].dtype) for name in learnt}
+    expected = Expectation(shapes, len(slots), task.local.clip_norm)
     memory: Params = {}
     if isinstance(wanted, SpectralConfig) and entry.rounds:
         return restore(wanted, n_items, counted(wanted, pool, window, slots))
@@ -144,7 +166,8 @@ def federate(
         tally = pool.run(plan)
         expected.check(tally)
         mean = named.scale(tally.sums, 1.0 / tally.n_clients)
-        params, memory = optimizer.step(entry.server, params, memory, mean, 1.0)
+        stepped, memory = optimizer.step(entry.server, {name: params[name] for name in learnt}, memory, mean, 1.0)
+        params = {**params, **stepped}
     return restore(wanted, n_items, params)
 
 

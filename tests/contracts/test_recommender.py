@@ -17,7 +17,7 @@ from fedrec.data.slices import LastWindow
 from fedrec.data.synthetic import checkerboard, sequential
 from fedrec.models.build import build, restore
 from fedrec.models.configs import AnyModelConfig, PopularityConfig, SpectralConfig
-from fedrec.models.recommender import Recommender, get_params, score_all
+from fedrec.models.recommender import Recommender, get_params, learnt, score_all
 from fedrec.params import digest, norm
 from fedrec.protocol import wire
 from fedrec.protocol.plan import RoundPlan
@@ -173,7 +173,7 @@ def test_a_person_without_targets_costs_nothing_beyond_what_does_not_depend_on_t
 
 def test_every_parameter_that_the_loss_uses_has_a_gradient(model: Recommender, batch: Batch) -> None:
     model.loss(batch).sum().backward()
-    for name, value in model.named_parameters():
+    for name, value in learnt(model).items():
         assert value.grad is not None, name
         assert torch.isfinite(value.grad).all(), name
         assert value.grad.abs().max() > 0, name
@@ -189,7 +189,7 @@ def test_a_gathering_model_leaves_the_rows_of_other_items_alone(model: Recommend
     for part in (some.inputs, some.targets, some.negatives):
         touched[part.clamp(min=0)] = True
     assert not touched.all()
-    for name in model.row_names:
+    for name in model.row_names & learnt(model).keys():
         gradient = dict(model.named_parameters())[name].grad
         assert gradient is not None
         assert gradient[~touched].abs().max() == 0
@@ -197,7 +197,7 @@ def test_a_gathering_model_leaves_the_rows_of_other_items_alone(model: Recommend
 
 
 def test_clients_under_vmap_are_clients_in_a_loop(model: Recommender, batch: Batch) -> None:
-    params = {name: value.detach() for name, value in model.named_parameters()}
+    params = {name: value.detach() for name, value in learnt(model).items()}
     local = model.local_start(batch)
 
     def one(own: dict[str, torch.Tensor], mine: dict[str, torch.Tensor], part: Batch) -> torch.Tensor:
@@ -252,7 +252,7 @@ def test_a_grown_model_trains(model: Recommender) -> None:
     loss = grown.loss(batch)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
-    assert all(bool(value.grad is not None and torch.isfinite(value.grad).all()) for value in grown.parameters())
+    assert all(bool(value.grad is not None and torch.isfinite(value.grad).all()) for value in learnt(grown).values())
 
 
 # Bytes

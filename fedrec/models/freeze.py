@@ -1,0 +1,38 @@
+"""Which parameters rounds train and updates carry; without torch, since the server's checks need no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedrec.models.configs import AnyModelConfig, TextTransformerConfig
+
+PUBLIC = "text"
+"""The table of public item vectors: never trained, and filled in by the server as items join."""
+_ITEMS = frozenset({"residual"})
+_HEAD = frozenset({"residual", "mix", "norm.weight", "norm.bias"})
+
+
+def trains(config: AnyModelConfig, name: str) -> bool:
+    """Return whether rounds train this parameter of a model of these settings."""
+    if not isinstance(config, TextTransformerConfig):
+        return True
+    if name == PUBLIC:
+        return False
+    if config.train == "all":
+        return True
+    if config.train == "adapters":
+        return name in _ITEMS or name.endswith((".down", ".up"))
+    if name in _HEAD:
+        return True
+    lowest = config.blocks - config.top if config.train == "top" else config.blocks
+    return name.startswith("blocks.") and int(name.split(".")[1]) >= lowest
+
+
+def needs_vectors(config: AnyModelConfig) -> bool:
+    """Return whether the model knows items by public vectors, which the server has to make."""
+    return isinstance(config, TextTransformerConfig)
+
+
+def trainable(config: AnyModelConfig, names: Iterable[str]) -> list[str]:
+    """Return those of the names that rounds train, in their order."""
+    return [name for name in names if trains(config, name)]
