@@ -126,7 +126,8 @@ class TextTransformerConfig(_Sequence):
     """Rank of the adapters beside every linear layer of the blocks and the projection; 0: none."""
     train: Literal["all", "top", "adapters", "head"] = "all"
     """What rounds train and updates carry: everything but the text; the `top` highest blocks and the head; the adapters
-    and the items' own numbers; or the head alone, which is the items' own numbers, their mixing and the last norm."""
+    with all that is small (biases, norms, recencies, the items' own numbers); or the head alone: the items' own
+    numbers, their mixing and the last norm."""
     top: int = Field(default=1, ge=1)
     """How many blocks are trained with train = "top"."""
 

@@ -8,7 +8,8 @@ from fedrec.models.configs import AnyModelConfig, TextTransformerConfig
 
 PUBLIC = "text"
 """The table of public item vectors: never trained, and filled in by the server as items join."""
-_ITEMS = frozenset({"residual"})
+_SMALL = frozenset({"residual", "start"})
+_SMALL_ENDS = (".down", ".up", ".bias", ".recency", "norm.weight", "norm1.weight", "norm2.weight")
 _HEAD = frozenset({"residual", "mix", "norm.weight", "norm.bias"})
 
 
@@ -21,7 +22,7 @@ def trains(config: AnyModelConfig, name: str) -> bool:
     if config.train == "all":
         return True
     if config.train == "adapters":
-        return name in _ITEMS or name.endswith((".down", ".up"))
+        return name in _SMALL or name.endswith(_SMALL_ENDS)
     if name in _HEAD:
         return True
     lowest = config.blocks - config.top if config.train == "top" else config.blocks

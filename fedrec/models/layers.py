@@ -74,11 +74,11 @@ def _scramble(h: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
 
 
 def linear(
-    x: Float[Tensor, "*b l i"], weight: Float[Tensor, "*own o i"], bias: Float[Tensor, "*own o"]
+    x: Float[Tensor, "*b l i"], weight: Float[Tensor, "*own o i"], bias: Float[Tensor, "*each o"]
 ) -> Float[Tensor, "*c l o"]:
-    """Return ``x W^T + b`` with one W for all people, or one for each; x without an axis of people is everybody's."""
+    """Return ``x W^T + b``, with W, b and x of all people together, or with one for each of them."""
     if weight.dim() == 2:
-        return F.linear(x, weight, bias)
+        return F.linear(x, weight, bias) if bias.dim() == 1 else F.linear(x, weight) + bias[:, None]
     x = x if x.dim() == 3 else x.expand(len(weight), *x.shape)
     if weight.stride(0) == 0:
         shared: Tensor = _SharedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -87,7 +87,7 @@ def linear(
 
 
 def product(x: Float[Tensor, "*b l i"], weight: Float[Tensor, "*own o i"]) -> Float[Tensor, "*c l o"]:
-    """Return ``x W^T`` with one W for all people, or one for each; x without an axis of people is everybody's."""
+    """Return ``x W^T``, with W and x of all people together, or with one for each of them."""
     if weight.dim() == 2:
         return F.linear(x, weight)
     return (x if x.dim() == 3 else x.expand(len(weight), *x.shape)) @ weight.transpose(1, 2)

@@ -98,7 +98,7 @@ RECOMMENDERS: dict[str, Entry] = {
     "text transformer, full softmax": Entry(_text(softmax=FullSoftmax()), rounds=120, sequential=True),
     "text transformer, adapters": Entry(
         _text(lora=8, train="adapters", residual=16),
-        rounds=250,
+        rounds=150,
         server=AdamConfig(learning_rate=0.05),
         sequential=True,
     ),

@@ -13,7 +13,10 @@ from fedrec.config import Experiment
 from fedrec.data.features import FeatureSettings, item_features
 from fedrec.errors import ConfigError
 from fedrec.grid.simulate import simulate
+from fedrec.models.build import build
 from fedrec.models.freeze import PUBLIC, trainable
+from fedrec.models.recommender import get_params
+from fedrec.random import Key
 from fedrec.server.recommend import recommend
 from fedrec.server.registry import Registry
 from fedrec.server.run import cut
@@ -38,7 +41,7 @@ def test_frozen_tensors_stay_bit_for_bit_and_new_items_have_their_vectors_at_onc
     first, last = registry.load(1).params, registry.load("newest").params
     trained = set(trainable(wanted.model, first))
     assert {"residual", "blocks.0.widen.up", "projection.up"} <= trained
-    assert not trained & {PUBLIC, "projection.weight", "start", "position", "norm.weight"}
+    assert not trained & {PUBLIC, "projection.weight", "position", "mix", "blocks.0.widen.weight"}
     n = len(first[PUBLIC])
     assert n < len(last[PUBLIC])
     for name in first:
@@ -73,7 +76,10 @@ def test_a_private_run_charges_and_noises_what_is_trained_alone(tmp_path: Path) 
     params = Registry(tmp_path / "r").load(1).params
     assert params["projection.up"].std() > 0
     assert params["residual"].all()  # noise on every row
-    assert (params["norm.weight"] == 1).all()  # and on nothing that is frozen
+    fresh = get_params(
+        build(wanted.model, len(params[PUBLIC]), Key.from_seed(wanted.seed).child("model", wanted.model.kind))
+    )
+    assert np.array_equal(params["projection.weight"], fresh["projection.weight"])  # and none on what is frozen
 
 
 def test_adapters_without_a_rank_and_items_without_text_are_refused() -> None:
