@@ -14,6 +14,7 @@ from fedrec import __version__
 from fedrec.data.commands import app as data_app
 from fedrec.errors import FedrecError
 from fedrec.server.commands import app as releases_app
+from fedrec.server.deploy_commands import app as server_app
 from fedrec.server.privacy_commands import app as privacy_app
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data", help="Data sets: list, fetch, describe, import.")
 app.add_typer(privacy_app, name="privacy", help="Plan a privacy budget, show a ledger.")
+app.add_typer(server_app, name="server", help="Launch and look after an aggregation server.")
 app.add_typer(releases_app, name="releases", help="Releases: list, show, promote, roll back, verify.")
 
 RegistryOption = Annotated[
@@ -183,6 +185,40 @@ def recommend(
     console.print(table)
 
 
+@app.command()
+def node(
+    folder: Annotated[Path, typer.Argument(help="The node's folder, as the server's `init` or `add-node` wrote it.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of `fedrec data import` to host; remembered in node.toml.")
+    ] = None,
+    store: Annotated[
+        list[Path] | None, typer.Option("--store", help="A device store to host, once a person; remembered.")
+    ] = None,
+    catalog: Annotated[
+        Path | None, typer.Option("--catalog", help="Folder with the public catalog.json; remembered.")
+    ] = None,
+) -> None:
+    """Host the people of a local data set or of device stores as a node of a federation, until it is told to end."""
+    _need("torch", "flwr")
+    from fedrec.client.node import SETTINGS, NodeSettings, read_toml, run_node
+
+    path = folder / SETTINGS
+    said = {"data": data, "stores": store, "catalog": catalog}
+    changes = {
+        name: [str(one.absolute()) for one in value] if isinstance(value, list) else str(value.absolute())
+        for name, value in said.items()
+        if value
+    }
+    if changes:
+        from fedrec.evaluation.report import toml
+
+        others = {"data": "stores", "stores": "data"}
+        kept = {k: v for k, v in read_toml(path).items() if k not in {others.get(name) for name in changes}}
+        NodeSettings.parse(kept | changes, str(path))
+        path.write_text(toml(kept | changes) + "\n", encoding="utf-8")
+    run_node(folder, lambda line: print(line, flush=True))
+
+
 def _expected(experiment: Experiment) -> float:
     """Return how many clients a round asks for, as far as the experiment says."""
     from fedrec.config import FixedCohort, PoissonCohort
@@ -213,3 +249,7 @@ def main() -> None:
         if stop.code == 130:  # typer's word for an interrupt
             print("fedrec: stopped; what was checkpointed can be resumed with --resume.", file=sys.stderr)
         raise
+
+
+if __name__ == "__main__":
+    main()

@@ -60,6 +60,20 @@ class BlockSplit(_Settings):
     """Train the later slices on everything so far instead of on their own block: the ceiling, at its price."""
 
 
+class ScheduleSplit(_Settings):
+    """Cut by the clock, as a deployment lives: each slice is what came since the last one."""
+
+    kind: Literal["schedule"] = "schedule"
+    start: int
+    """When the first slice is due, in seconds since 1970 UTC; it takes everything before."""
+    interval_seconds: int = Field(default=7 * 86_400, ge=1)
+    """From one slice to the next."""
+    later: int = Field(default=52, ge=0)
+    """How many slices follow the first: the life that a privacy budget is planned for."""
+    test: float = Field(default=0.15, gt=0, lt=1)
+    """Share of an interval, its end, that a release is tested on before the next slice trains on it."""
+
+
 class PoissonCohort(_Settings):
     """Every eligible client takes part independently with the same probability."""
 
@@ -209,7 +223,9 @@ class Experiment(_Settings):
     seed: int = 1
     """Root of all randomness."""
     data: DataConfig = DataConfig()
-    split: Annotated[StreamSplit | LeaveOneOutSplit | BlockSplit, Field(discriminator="kind")] = StreamSplit()
+    split: Annotated[StreamSplit | ScheduleSplit | LeaveOneOutSplit | BlockSplit, Field(discriminator="kind")] = (
+        StreamSplit()
+    )
     model: TrainedConfig
     training: TrainingConfig = TrainingConfig()
     privacy: Privacy = NoPrivacy()
@@ -272,7 +288,7 @@ class Experiment(_Settings):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            raise ConfigError(_explain(error, where)) from error
+            raise ConfigError(explain(error, where)) from error
 
 
 def simulations_folder() -> Path:
@@ -281,22 +297,24 @@ def simulations_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent / "simulations"
 
 
-def _explain(error: ValidationError, where: str) -> str:
+def explain(error: ValidationError, where: str, settings: type[BaseModel] = Experiment) -> str:
+    """Return the first problem of a document in one sentence; `where` names the document, `settings` its model."""
     problems = error.errors()
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    fields, path = _fields_at(problem["loc"])
+    fields, path = _fields_at(problem["loc"], settings)
     dotted = ".".join(path)
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
         return f"Unknown key '{dotted}' in {where}{nearest(key, fields)}. Known here: {', '.join(fields)}."
     if problem["type"] == "missing":
         return f"'{dotted}' is missing in {where}."
+    if not dotted:
+        return f"{where}: {problem['msg'].removeprefix('Value error, ')}."
     return f"'{dotted}' in {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})."
 
 
-def _fields_at(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+def _fields_at(location: tuple[int | str, ...], settings: type[BaseModel]) -> tuple[list[str], list[str]]:
     """Return the keys known where the error lies, and its path as the user wrote it (without union tags)."""
-    settings: type[BaseModel] = Experiment
     path: list[str] = []
     members: tuple[Any, ...] = ()
     for part in location:

@@ -10,6 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedrec.client.budget import LocalBudget
+from fedrec.client.node import KEY, hosted_pool
 from fedrec.client.pool import ClientPool, LogPool
 from fedrec.client.secure import SecureNode
 from fedrec.config import Experiment
@@ -66,6 +67,16 @@ def _reply(message: Message, document: bytes) -> Message:
     return Message(to_record(document), reply_to=message)
 
 
+def configured_pool(context: Context) -> ClientPool:
+    """Return the pool of the ``node.toml`` that `fedrec node` names, or a simulated node's share of the data.
+
+    Raises:
+        FedrecError: there is neither, or it makes no sense.
+    """
+    settings = context.node_config.get(KEY)
+    return simulated_pool(context) if settings is None else hosted_pool(Path(str(settings)))
+
+
 def simulated_pool(context: Context) -> LogPool:
     """Return this node's share of the experiment's data set, for Flower's own simulation engine.
 
@@ -92,4 +103,4 @@ def _partition(experiment: str, partition: int, n_partitions: int, out: str) -> 
     return LogPool.partition(dataset.log, dataset.catalog, partition, n_partitions, settings.runtime.engine, budget)
 
 
-app = client_app(simulated_pool)
+app = client_app(configured_pool)

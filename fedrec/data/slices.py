@@ -20,6 +20,9 @@ from fedrec.data.catalog import ItemCatalog
 from fedrec.data.log import InteractionLog
 from fedrec.errors import DataError
 
+FOREVER = 2**62
+"""Seconds before 1970 that no interaction is from."""
+
 
 class TimeWindow(BaseModel):
     """Interactions with ``start <= time < end``."""
@@ -152,6 +155,44 @@ def stream_slices(
             n_items_test=catalog.n_items_at(bounds[i + 2]),
         )
         for i in range(later + 1)
+    )
+
+
+def schedule_slices(
+    catalog: ItemCatalog, start: int, interval_seconds: int, later: int, test: float
+) -> tuple[TimeSlice, ...]:
+    """Cut by the clock alone: slice k is due at ``start + k * interval_seconds``, with what came since the last.
+
+    The end of each interval is tested before the next slice trains on it, so nothing is left out and nothing is learnt
+    before it is tested. No interaction is looked at, so a server that knows only the catalogue can do it.
+
+    Args:
+        catalog: all items known by now, in order of arrival.
+        start: when the first slice is due, seconds since 1970 UTC; it takes everything before.
+        interval_seconds: from one slice to the next.
+        later: how many slices follow the first.
+        test: share of an interval that is tested.
+
+    Raises:
+        DataError: the catalogue holds no item from before the first slice.
+    """
+    tested = max(1, round(test * interval_seconds))
+    due = [start + k * interval_seconds for k in range(later + 1)]
+    if not catalog.n_items_at(due[0] - tested):
+        raise DataError(
+            f"No item of the catalogue joined before {due[0] - tested} (split.start, less the tested part), so the "
+            "first slice has nothing to rank; let split.start be later."
+        )
+    cuts = [-FOREVER, *(time - tested for time in due)]
+    return tuple(
+        TimeSlice(
+            index=k,
+            train=TimeWindow(start=cuts[k], end=cuts[k + 1]),
+            test=TimeWindow(start=cuts[k + 1], end=due[k]),
+            n_items=catalog.n_items_at(cuts[k + 1]),
+            n_items_test=catalog.n_items_at(due[k]),
+        )
+        for k in range(later + 1)
     )
 
 

@@ -15,6 +15,8 @@ from fedrec.data.sources import load_dataset
 from fedrec.errors import FedrecError, ProtocolError, RunError
 from fedrec.protocol.flower import from_record, to_record
 from fedrec.protocol.link import Reply, Verb
+from fedrec.server.deployed import run_deployed
+from fedrec.server.deployment import DeploymentFolder
 from fedrec.server.lifelong import Event
 from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, check, run_experiment
@@ -31,9 +33,15 @@ MESSAGE_TYPES: Mapping[Verb, str] = {
 
 @dataclass(frozen=True)
 class GridLink:
-    """A Flower Grid as a `Link`: in-process, Ray or SuperLink, it makes no difference."""
+    """A Flower Grid as a `Link`: in-process, Ray or SuperLink, it makes no difference.
+
+    Attributes:
+        grid: carries the messages.
+        deadline_seconds: how long an exchange waits that names no time of its own; None: until all have answered.
+    """
 
     grid: Grid
+    deadline_seconds: float | None = None
 
     def nodes(self) -> list[int]:
         """Return the ids of the nodes that are connected."""
@@ -45,7 +53,7 @@ class GridLink:
             Message(to_record(document), dst_node_id=node, message_type=MESSAGE_TYPES[verb])
             for node, document in documents.items()
         ]
-        for reply in self.grid.send_and_receive(messages, timeout=timeout_seconds):
+        for reply in self.grid.send_and_receive(messages, timeout=timeout_seconds or self.deadline_seconds):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 yield Reply(node, None, f"the node failed: {reply.error.reason}")
@@ -82,12 +90,19 @@ def server_app(main: Callable[[GridLink, Context], None]) -> ServerApp:
 def run_configured(link: GridLink, context: Context) -> None:
     """Carry out the experiment that Flower's run config names: keys experiment, nodes, out, registry, resume.
 
+    A run that names a deployment (`fedrec server run`) finds everything in its folder instead.
+
     Relative paths start where the SuperLink was started, not where `flwr run` was typed, so give absolute ones.
 
     Raises:
         FedrecError: whatever went wrong; printed too, because `flwr run --stream` shows a traceback and exits with 0.
     """
     config = context.run_config
+    if config.get("deployment"):
+        deployment = DeploymentFolder(Path(str(config["deployment"])))
+        patient = GridLink(link.grid, deployment.settings.waiting.deadline_seconds)
+        run_deployed(deployment, patient, int(config.get("attempt", 0)))
+        return
     try:
         experiment = Experiment.find(str(config["experiment"]))
         root, registry = (Path(str(config[key])).absolute() for key in ("out", "registry"))

@@ -92,12 +92,14 @@ class Desk:
         catalog: the public catalogue, published with them.
         checkpoint: stores the state, so that a killed run can go on.
         observe: is told what happens.
+        due: returns when a slice may begin.
     """
 
     registry: Registry
     catalog: ItemCatalog
     checkpoint: Checkpoint
     observe: Observer
+    due: Callable[[TimeSlice], None] = lambda time_slice: None
 
 
 def run_stream(
@@ -112,6 +114,7 @@ def run_stream(
         RegistryError: a release or a checkpoint cannot be written.
     """
     for time_slice in slices[state.slice :]:
+        desk.due(time_slice)
         state = _learn(state, link, time_slice, recipe, desk)
         desk.observe(Event("evaluate", {"slice": time_slice.index}))
         began = recipe.clock()

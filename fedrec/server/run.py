@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fedrec import __version__
-from fedrec.config import BlockSplit, Experiment, LeaveOneOutSplit
+from fedrec.config import BlockSplit, Experiment, LeaveOneOutSplit, ScheduleSplit
 from fedrec.data.blocks import block_slices
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import Matrix, item_features, make_encoder
-from fedrec.data.slices import TimeSlice, leave_one_out, stream_slices, with_validation
+from fedrec.data.slices import TimeSlice, leave_one_out, schedule_slices, stream_slices, with_validation
 from fedrec.errors import ConfigError, PrivacyError, RunError
 from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build
@@ -73,13 +73,23 @@ class RunFolder:
         Raises:
             RunError: there is none, or it is complete.
         """
-        found = _numbered(root / experiment.name)
-        if not found:
+        found = cls.newest(root, experiment)
+        if found is None:
             raise RunError(f"Nothing to resume: no run in '{root / experiment.name}'; start one without --resume.")
-        _, path = found[-1]
-        if (path / REPORT).is_file():
-            raise RunError(f"Nothing to resume: run '{path}' is complete; start a new one without --resume.")
-        return cls(path, f"{experiment.name}/{path.name}")
+        if found.complete:
+            raise RunError(f"Nothing to resume: run '{found.path}' is complete; start a new one without --resume.")
+        return found
+
+    @classmethod
+    def newest(cls, root: Path, experiment: Experiment) -> RunFolder | None:
+        """Return the newest run of this experiment, or None."""
+        found = _numbered(root / experiment.name)
+        return cls(found[-1][1], f"{experiment.name}/{found[-1][1].name}") if found else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run went to its end."""
+        return (self.path / REPORT).is_file()
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
@@ -110,6 +120,13 @@ def _cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
         raise RunError(
             f"'{experiment.data.source}' knows only the order within each person, no global time; "
             'use split.kind = "leave_one_out".'
+        )
+    if isinstance(split, ScheduleSplit):
+        return schedule_slices(dataset.catalog, split.start, split.interval_seconds, split.later, split.test)
+    if not len(dataset.log):
+        raise ConfigError(
+            "The server knows the catalogue and no interactions, so it cannot cut by their times; set split.kind = "
+            '"schedule".'
         )
     return stream_slices(dataset.log, dataset.catalog, split.base, split.later, split.holdout)
 
@@ -188,6 +205,7 @@ def run_experiment(
     command: str = "",
     observe: Observer = lambda event: None,
     clock: Callable[[], float] = time.perf_counter,
+    due: Callable[[TimeSlice], None] = lambda time_slice: None,
 ) -> dict[str, Any]:
     """Run the experiment from its checkpoint, or from the start, and return the report's document.
 
@@ -200,6 +218,7 @@ def run_experiment(
         command: what the user typed, for the report.
         observe: is told what happens.
         clock: seconds, for measuring.
+        due: returns when a slice may begin; a deployment waits in it.
 
     Raises:
         RunError: the checkpoint belongs to another experiment, or nodes fail.
@@ -208,6 +227,7 @@ def run_experiment(
     from fedrec.evaluation.report import write_report
 
     slices = cut(experiment, dataset)
+    due(slices[0])
     recipe = Recipe(
         experiment, dataset.catalog.digest(), clock, local=local_mode(experiment),
         vectors=public_vectors(experiment, dataset.catalog, slices[0].n_items),
@@ -222,15 +242,15 @@ def run_experiment(
             if warning:
                 observe(Event("note", {"text": warning}))
         path = folder.path / CHECKPOINT
-        state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest)
+        state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest, len(dataset.catalog))
         if path.exists():
             state = ServerState.from_record(*load_checkpoint(path))
-            state.check(experiment, recipe.catalog_digest)
+            state = state.checked(experiment, dataset.catalog)
         else:
             save_checkpoint(path, *state.to_record())
         for done in state.releases:
             observe(Event("release", done))
-        desk = Desk(registry, dataset.catalog, lambda now: save_checkpoint(path, *now.to_record()), observe)
+        desk = Desk(registry, dataset.catalog, lambda now: save_checkpoint(path, *now.to_record()), observe, due)
         for reached, _ in run_stream(state, link, slices, recipe, desk):
             state = reached
         document = describe(state, experiment, dataset, command, recipe.guard)
@@ -311,6 +331,12 @@ def _protocol(experiment: Experiment) -> str:
         how = (
             f"Leave-one-out: each person's {held} interaction is predicted from all before it; the last two of each "
             "person are never trained on."
+        )
+    elif isinstance(split, ScheduleSplit):
+        how = (
+            f"By the clock: a slice every {split.interval_seconds:,} s, each with what came since the last one. The "
+            f"last {split.test:.0%} of an interval are tested before the next slice trains on them. "
+            f"{_questions(experiment)}"
         )
     elif isinstance(split, BlockSplit):
         how = (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedrec.config import Experiment
+from fedrec.data.catalog import ItemCatalog
 from fedrec.errors import RunError
 from fedrec.params import Array, Params
 from fedrec.random import Key
@@ -24,6 +25,7 @@ class ServerState:
         run: name of the run.
         experiment_digest: the experiment that it carries out.
         catalog_digest: the catalogue that item numbers refer to.
+        n_catalog: how many items it holds.
         slice: index of the slice being learnt.
         round: rounds of it that are done.
         counted: slices whose popularity counts are in `counts`.
@@ -45,6 +47,7 @@ class ServerState:
     run: str
     experiment_digest: str
     catalog_digest: str
+    n_catalog: int = 0
     slice: int = 0
     round: int = 0
     counted: int = 0
@@ -84,15 +87,26 @@ class ServerState:
         values: dict[str, Any] = {**header, **lists, **parts}
         return cls(**values)
 
-    def check(self, experiment: Experiment, catalog_digest: str) -> None:
-        """Raise `RunError` if this state belongs to another experiment or to other data."""
+    def checked(self, experiment: Experiment, catalog: ItemCatalog) -> ServerState:
+        """Return the state to go on with; a catalogue that has only been added to is taken over.
+
+        Raises:
+            RunError: it belongs to another experiment or to other items.
+        """
         if self.experiment_digest != experiment.digest():
             raise RunError(
                 f"Run '{self.run}' was started with another experiment, so it cannot be resumed with this one; "
                 "restore the TOML it began with, or start a new run without --resume."
             )
-        if self.catalog_digest != catalog_digest:
-            raise RunError(f"Run '{self.run}' was started on another catalogue; give it the data that it began with.")
+        found = catalog.digest()
+        if self.catalog_digest == found:
+            return self
+        if not self.n_catalog < len(catalog) or catalog.prefix(self.n_catalog).digest() != self.catalog_digest:
+            raise RunError(
+                f"Run '{self.run}' was started on another catalogue; give it the data that it began with. Items can "
+                "be added at the end of a catalogue, never changed or removed."
+            )
+        return self.advanced(catalog_digest=found, n_catalog=len(catalog))
 
     def advanced(self, **changes: Any) -> ServerState:
         """Return the state with these fields changed."""

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.log import InteractionLog
-from fedrec.data.slices import LastWindow, TimeWindow, leave_one_out, resolve, stream_slices
+from fedrec.data.slices import LastWindow, TimeWindow, leave_one_out, resolve, schedule_slices, stream_slices
 from fedrec.errors import DataError
 
 
@@ -112,3 +112,16 @@ def test_leave_one_out_trains_tests_and_validates_on_disjoint_places() -> None:
     assert ranges(log, validation.test) == [(3, 4)]
     assert ranges(log, test.test) == [(4, 5)]
     assert (test.n_items, test.n_items_test, list(test.new_items)) == (2, 2, [])
+
+
+def test_a_schedule_cuts_by_the_clock_without_a_look_at_interactions() -> None:
+    ids = tuple(f"i{number}" for number in range(6))
+    catalog = ItemCatalog(ids, ids, ((),) * 6, np.array([0, 10, 50, 95, 101, 400]))
+    first, second, third = schedule_slices(catalog, start=100, interval_seconds=100, later=2, test=0.1)
+    assert first.train.end == first.test.start == second.train.start == 90
+    assert first.test.end == 100
+    assert second.train.end == second.test.start == third.train.start == 190
+    assert third.test.end == 300
+    assert [(one.n_items, one.n_items_test) for one in (first, second, third)] == [(3, 4), (5, 5), (5, 5)]
+    with pytest.raises(DataError, match="No item of the catalogue joined before -10 "):
+        schedule_slices(catalog, start=0, interval_seconds=100, later=0, test=0.1)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedrec.data.catalog import ItemCatalog
 from fedrec.errors import RunError
 from fedrec.random import Key
 from fedrec.server.files import load_checkpoint, save_checkpoint
@@ -69,14 +70,28 @@ def test_advancing_leaves_the_old_state_alone() -> None:
     assert state.round == 17
 
 
+def catalog(n: int, title: str = "film") -> ItemCatalog:
+    ids = tuple(f"i{number}" for number in range(n))
+    return ItemCatalog(ids, tuple(f"{title} {one}" for one in ids), ((),) * n, np.arange(n))
+
+
 def test_a_state_is_refused_by_another_experiment_and_by_other_data() -> None:
-    state = full_state()
-    state.check(small_experiment(), "c" * 64)
-    state.check(small_experiment(runtime__nodes=5), "c" * 64)
+    items = catalog(4)
+    state = full_state().advanced(catalog_digest=items.digest(), n_catalog=4)
+    assert state.checked(small_experiment(), items) is state
+    assert state.checked(small_experiment(runtime__nodes=5), items) is state
     with pytest.raises(RunError, match=r"Run 'small/001' was started with another experiment.*without --resume\.$"):
-        state.check(small_experiment(seed=4), "c" * 64)
-    with pytest.raises(RunError, match=r"Run 'small/001' was started on another catalogue"):
-        state.check(small_experiment(), "d" * 64)
+        state.checked(small_experiment(seed=4), items)
+    for other in (catalog(3), catalog(4, "book"), catalog(9, "book")):
+        with pytest.raises(RunError, match=r"Run 'small/001' was started on another catalogue"):
+            state.checked(small_experiment(), other)
+
+
+def test_a_state_goes_on_with_a_catalogue_that_was_only_added_to() -> None:
+    state = full_state().advanced(catalog_digest=catalog(4).digest(), n_catalog=4)
+    found = state.checked(small_experiment(), catalog(6))
+    assert (found.catalog_digest, found.n_catalog) == (catalog(6).digest(), 6)
+    assert found.advanced(catalog_digest=state.catalog_digest, n_catalog=4) == state
 
 
 def test_the_root_key_is_the_seeds() -> None:

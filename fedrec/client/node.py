@@ -1,0 +1,246 @@
+"""`fedrec node`: a Flower SuperNode that hosts the clients of a data set or of device stores.
+
+Everything about a node stands in its ``node.toml``. Flower starts a process for each message; it finds the file in the
+node's configuration and makes the pool anew, so what was forgotten or recorded meanwhile counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedrec.client.budget import LocalBudget
+from fedrec.client.pool import ClientPool, Engine, LogPool
+from fedrec.config import explain
+from fedrec.data.catalog import ItemCatalog
+from fedrec.data.cleaning import Dataset
+from fedrec.data.log import InteractionLog
+from fedrec.data.sources import load_dataset
+from fedrec.errors import ConfigError, RunError
+from fedrec.privacy.settings import NoPrivacy, Privacy
+
+SETTINGS, KEY = "node.toml", "fedrec-node"
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+REASONS = {
+    "is not registered": "the server does not know this node's key; register it there with `fedrec server add-node`",
+    "401": "the server does not know this node's key; register it there with `fedrec server add-node`",
+    "403": "the server does not know this node's key; register it there with `fedrec server add-node`",
+    "certificate has expired": "the server's certificate has expired; make a new one there with `fedrec server renew`",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one that 'ca' vouches for, or the clock is wrong",
+    "Connection refused": "nobody listens there; is the server running, and is 'server' its address?",
+}
+"""What Flower's words mean for a person."""
+
+
+class NodeSettings(BaseModel):
+    """One node. Paths start at the folder of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    name: str = Field(default="node", max_length=200)
+    """What the node is called in the server's records; it orders the nodes, so let it be unlike any other."""
+    server: str
+    """``host:port`` of the server, or of the proxy in front of it."""
+    ca: str = "ca.crt"
+    """The certificate that vouches for the server."""
+    key: str = "node.key"
+    """The node's private key; it never leaves the node."""
+    data: str | None = None
+    """A folder that `fedrec data import` wrote: a person a user."""
+    stores: tuple[str, ...] = ()
+    """Folders of device stores, one a person."""
+    catalog: str | None = None
+    """Folder with the public ``catalog.json`` that the server numbers items by; None: that of `data`."""
+    share: tuple[int, int] | None = None
+    """Host only every n-th person of `data`, from number i on: ``[i, n]``; for trials."""
+    engine: Engine = "batched"
+    """Train clients in blocks, or one after the other."""
+    threads: int = Field(default=1, ge=1)
+    """torch threads."""
+    privacy: Privacy = NoPrivacy()
+    """In mode "local": what the clients here insist on, whatever the server asks for."""
+    ledgers: str = "ledgers"
+    """Where the clients' own ledgers are kept in mode "local"."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.data is None) == (not self.stores):
+            raise ValueError("say where the people's histories are: give one of 'data' and 'stores'")
+        if self.stores and self.catalog is None:
+            raise ValueError("stores know no catalogue; give 'catalog'")
+        if self.share is not None and not 0 <= self.share[0] < self.share[1]:
+            raise ValueError("'share' is [i, n] with 0 <= i < n")
+        return self
+
+    @classmethod
+    def parse(cls, document: dict[str, Any], where: str) -> NodeSettings:
+        """Check a document that came from TOML.
+
+        Raises:
+            ConfigError: with the first problem, in one sentence.
+        """
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            raise ConfigError(explain(error, where, cls)) from error
+
+    @classmethod
+    def load(cls, path: Path) -> NodeSettings:
+        """Read a ``node.toml``.
+
+        Raises:
+            ConfigError: there is none, or it makes no sense.
+        """
+        return cls.parse(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML document.
+
+    Raises:
+        ConfigError: there is none, or it is none.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"'{path}' is missing; `fedrec server init` and `add-node` write one for each node."
+        ) from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"Cannot read '{path}': {error}.") from error
+
+
+def hosted_pool(path: Path) -> ClientPool:
+    """Return the pool that a ``node.toml`` describes.
+
+    Raises:
+        FedrecError: it makes no sense, or the data is not there.
+    """
+    settings, folder = NodeSettings.load(path), path.parent
+    budget = LocalBudget.of(settings.privacy, folder / settings.ledgers)
+    catalog = None if settings.catalog is None else ItemCatalog.load(folder / settings.catalog)
+    if settings.stores:
+        from fedrec.client.device_pool import DevicePool
+        from fedrec.client.store import Store
+
+        assert catalog is not None
+        return DevicePool([Store(folder / store) for store in settings.stores], catalog, name=settings.name)
+    assert settings.data is not None
+    local = folder / settings.data
+    dataset = load_dataset(str(local) if local.exists() else settings.data)
+    if settings.share is not None:
+        index, n = settings.share
+        return LogPool.partition(dataset.log, dataset.catalog, index, n, settings.engine, budget)
+    log = dataset.log if catalog is None else renumbered(dataset, catalog)
+    ids = np.array([person_number(settings.name, one) for one in log.user_ids], np.int64)
+    return LogPool(log, catalog or dataset.catalog, name=settings.name, ids=ids, engine=settings.engine, budget=budget)
+
+
+def person_number(node: str, user: str) -> int:
+    """Return a number for a person's random streams that no other node's people have, but by a chance of 2^-63.
+
+    It never leaves the node.
+    """
+    return int.from_bytes(hashlib.sha256(f"{node}\0{user}".encode()).digest()[:8], "little") >> 1
+
+
+def renumbered(dataset: Dataset, catalog: ItemCatalog) -> InteractionLog:
+    """Return a data set's log with items numbered by the public catalogue; interactions with other items are left out.
+
+    Raises:
+        ConfigError: none of its items is in the catalogue.
+    """
+    log = dataset.log
+    known = catalog.number_of
+    number = np.array([known.get(item, -1) for item in dataset.catalog.ids], np.int64)
+    item = number[log.item]
+    kept = item >= 0
+    if not kept.any():
+        raise ConfigError(
+            f"None of the items of '{dataset.name}' is in the public catalogue of {len(catalog):,} items; do both name "
+            "items by the same ids?"
+        )
+    return InteractionLog.from_rows(
+        np.asarray(log.user, np.int64)[kept], item[kept], np.asarray(log.time)[kept], tuple(log.user_ids),
+        np.asarray(log.event)[kept], np.asarray(log.value)[kept], log.event_kinds,
+    )  # fmt: skip
+
+
+def run_node(folder: Path, say: Any) -> int:
+    """Run Flower's SuperNode for the node in `folder` until it ends or is told to, and return its exit code.
+
+    Args:
+        folder: holds ``node.toml``, the CA certificate and the node's key.
+        say: gets each line that Flower logs.
+
+    Raises:
+        FedrecError: the node cannot start, or the server refuses it, with the reason.
+    """
+    path = folder.absolute() / SETTINGS
+    settings = NodeSettings.load(path)
+    for name in (settings.ca, settings.key):
+        if not (path.parent / name).is_file():
+            raise ConfigError(f"'{path.parent / name}' is missing; copy the node's whole folder from the server.")
+    key = path.parent / settings.key
+    if key.stat().st_mode & 0o077:
+        raise ConfigError(f"'{key}' is open to others; close it with: chmod 600 '{key}'.")
+    hosted_pool(path)  # a mistake in the data shows now, and not at the first message
+    process = start_supernode(settings, path)
+    heard: list[str] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            heard = [*heard[-40:], line.rstrip()]
+            say(line.rstrip())
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait(timeout=30)
+        raise
+    if code not in (0, 1, 3):  # 1 and 3: it was asked to end
+        raise RunError(f"The node was stopped: {reason(heard, settings)}")
+    return 0
+
+
+def reason(heard: list[str], settings: NodeSettings) -> str:
+    """Return what Flower's last words mean, in one sentence."""
+    text = "\n".join(heard)
+    for words, meaning in REASONS.items():
+        if words in text:
+            return f"{settings.server}: {meaning}."
+    return f"Flower said: {' '.join(line.strip() for line in heard if line.strip())[-300:]}"
+
+
+def start_supernode(settings: NodeSettings, path: Path) -> subprocess.Popen[str]:
+    """Start the SuperNode; its output can be read."""
+    beside = Path(sys.executable).parent / "flower-supernode"
+    found = str(beside) if beside.is_file() else shutil.which("flower-supernode")
+    if found is None:
+        raise RunError("'flower-supernode' is not installed; install the node with: pip install 'fedrec[server]'.")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [
+        found, "--superlink", settings.server, "--root-certificates", str(path.parent / settings.ca),
+        "--auth-supernode-private-key", str(path.parent / settings.key), "--port", str(port),
+        "--node-config", f'{KEY}="{path}"',
+    ]  # fmt: skip
+    home = {"FLWR_HOME": str(path.parent / "flower"), "OMP_NUM_THREADS": str(settings.threads)}
+    search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return subprocess.Popen(
+        command, cwd=path.parent, env={**os.environ, **QUIET, **home, "PATH": search}, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
