@@ -20,6 +20,7 @@ from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import LastWindow
 from fedrec.data.sources import load_dataset
+from fedrec.evaluation.asked import cooccurrence_shapes
 from fedrec.grid.in_process import InProcessGrid
 from fedrec.privacy.settings import SecureSum
 from fedrec.privacy.terms import agree_on, degree
@@ -31,7 +32,6 @@ from fedrec.server.app import GridLink, server_app
 from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, run_experiment
 from fedrec.server.secure import upload_bytes
-from fedrec.server.spectral import asked_shapes
 
 SEEDS = (1, 2, 3, 4, 5)
 EPSILONS = (8.0, 2.0)
@@ -127,7 +127,7 @@ def _traffic(experiment: Experiment, n_items: int, n_people: int) -> list[Row]:
     statistics = experiment.training.statistics
     assert statistics is not None
     counts = {"counts": ((n_items,), np.dtype(np.float32))}
-    asked = asked_shapes(statistics.task(LastWindow(skip=1)), n_items, statistics.features.rank)
+    asked = cooccurrence_shapes(statistics.task(LastWindow(skip=1)), n_items, statistics.features.rank)
     rows = []
     for name, shapes in (("statistic", asked), ("popularity counts", counts)):
         layout = layout_of({key: tuple(shape) for key, (shape, _) in shapes.items()})

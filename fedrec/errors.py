@@ -7,6 +7,7 @@ FedrecError
   ProtocolError    a message between server and node is malformed
     TallyRefused   a node's reply failed validation before it was folded
     PlanRefused    a device will not do what a plan asks
+  GatewayError     a gateway cannot be reached, or will not have a device
   StoreError       a device's store cannot be opened, read or written
   RegistryError    a release or a checkpoint cannot be written, found or trusted
     CorruptRelease its bytes do not match its digest
@@ -50,6 +51,10 @@ class TallyRefused(ProtocolError):
 
 class PlanRefused(ProtocolError):
     """A device will not do what a plan asks; nothing was sent."""
+
+
+class GatewayError(FedrecError):
+    """A gateway cannot be reached, or will not have a device or what it sends."""
 
 
 class StoreError(FedrecError):

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from fedrec.client.pool import ClientPool
 from fedrec.data.slices import LastWindow, TimeWindow
+from fedrec.evaluation.asked import cooccurrence_shapes
 from fedrec.params import Array, Params
 from fedrec.privacy import clip
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
 from fedrec.random import Key
-from fedrec.server.spectral import asked_shapes
 
 FIRST_ID = 1 << 40
 """Number of the first canary in random streams, far from those of real people."""
@@ -194,7 +194,7 @@ def _shapes(plan: RoundPlan) -> dict[str, tuple[int, ...]]:
     task = plan.task
     if isinstance(task, CooccurrenceTask):
         rank = plan.inputs["features"].shape[1] if "features" in plan.inputs else 0
-        return {name: shape for name, (shape, _) in asked_shapes(task, plan.n_items, rank).items()}
+        return {name: shape for name, (shape, _) in cooccurrence_shapes(task, plan.n_items, rank).items()}
     if isinstance(task, CountTask):
         return {"counts": (plan.n_items,)}
     return {name: value.shape for name, value in plan.params.items()}

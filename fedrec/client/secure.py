@@ -32,6 +32,7 @@ from fedrec.protocol.secure import (
     UnmaskRequest,
     flatten,
 )
+from fedrec.protocol.signing import opened
 
 REMEMBERED = 256
 """So many past sessions a node can tell from new ones; older ones fail for their keys are gone."""
@@ -98,7 +99,7 @@ class SecureNode:
 
     def _mask(self, request: MaskRequest) -> MaskReply:
         parties, terms = self._called(request.session, request.parties), self._known_terms
-        plan = RoundPlan.from_bytes(request.plan.tobytes())
+        plan = RoundPlan.from_bytes(opened(request.plan.tobytes()))
         if (plan.slice, plan.round) != (terms.slice, terms.round):
             raise MaskingError(
                 f"The plan is for round {plan.round} of slice {plan.slice}, the keys for round {terms.round} of slice "
@@ -160,6 +161,11 @@ class SecureNode:
         if len(set(numbers.tolist())) != len(numbers) or not found or None in found:
             raise MaskingError("The server names clients twice or such as are not in the session.")
         return [party for party in found if party is not None]
+
+    @property
+    def terms(self) -> Terms | None:
+        """What was agreed on in the session that was begun last."""
+        return self._terms
 
     @property
     def memory(self) -> bytes:

@@ -1,9 +1,9 @@
 """`Store`: one person's interactions on their own device, encrypted row by row, and a log of all that was ever sent.
 
-    store.sqlite    one row per interaction and one per upload, each sealed with AES-GCM
+    store.sqlite    one row per interaction, upload and refusal, each sealed with AES-GCM
     store.key       the key, mode 0600, where the system has no keyring
 
-A row's table, number and the schema's version are bound into its seal, so rows cannot be exchanged or moved. SQLite
+A row's table, its number and the seal's version are bound into its seal, so rows cannot be exchanged or moved. SQLite
 writes ahead and waits for the disk: what `record` returned from survives a power cut.
 """
 
@@ -25,10 +25,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from fedrec.client.keys import KeyPlace, key_place
 from fedrec.errors import StoreError
 
-SCHEMA = 1
+SCHEMA = 2
+SEAL = 1
 NONCE_BYTES = 12
 DATABASE = "store.sqlite"
-_TABLES = ("about", "interaction", "sent")
+_ROWS = ("about", "interaction", "sent", "refused", "part")
+_KEPT = "kept"
+_TABLES = (*_ROWS, _KEPT)
 _BUSY_SECONDS = 10.0
 
 
@@ -204,6 +207,79 @@ class Store:
         """
         return [fields for _, fields in self._read("sent")]
 
+    def log_repeated(self, entry: dict[str, Any]) -> None:
+        """Note something that is sent again and again, as one line that says how often and when last."""
+        with self.together() as db:
+            last = db.execute("SELECT row, sealed FROM sent ORDER BY row DESC LIMIT 1").fetchone()
+            if last is not None:
+                found = self._opened("sent", last[0], last[1])
+                if {key: found.get(key) for key in entry} == entry and "times" in found:
+                    found |= {"last": self._now(), "times": found["times"] + 1}
+                    db.execute(
+                        "UPDATE sent SET sealed = ? WHERE row = ?", (self._seal("sent", last[0], found), last[0])
+                    )
+                    return
+            self.log_sent({**entry, "times": 1, "last": self._now()})
+
+    def log_refused(self, entry: dict[str, Any]) -> int:
+        """Note something that the device would not do, and why."""
+        return self._append("refused", {"at": self._now(), **entry})
+
+    def refused(self) -> list[dict[str, Any]]:
+        """Return a line for everything that the device refused, oldest first.
+
+        Raises:
+            StoreError: a line is damaged.
+        """
+        return [fields for _, fields in self._read("refused")]
+
+    def take_part(self, entry: dict[str, Any]) -> int:
+        """Note what the device takes part in, for its own privacy ledger and so that it answers nothing twice."""
+        return self._append("part", {"at": self._now(), **entry})
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Return all that the device took part in, oldest first.
+
+        Raises:
+            StoreError: a line is damaged.
+        """
+        return [fields for _, fields in self._read("part")]
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep some bytes under a name, in place of what was kept under it.
+
+        Raises:
+            StoreError: the disk refuses.
+        """
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        sealed = nonce + self._cipher.encrypt(nonce, data, _bound(_KEPT, name))
+        with self.together() as db:
+            db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (name, sealed))
+
+    def kept(self, name: str) -> bytes | None:
+        """Return what is kept under a name, None if nothing is.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        with self._said():
+            row = self._db.execute("SELECT sealed FROM kept WHERE name = ?", (name,)).fetchone()
+        return None if row is None else self._unsealed(_KEPT, name, row[0])
+
+    def drop(self, name: str) -> None:
+        """Keep nothing under this name any more."""
+        with self.together() as db:
+            db.execute("DELETE FROM kept WHERE name = ?", (name,))
+
+    @contextmanager
+    def together(self) -> Iterator[sqlite3.Connection]:
+        """Let everything that is written in the block be on the disk at its end, or nothing of it."""
+        if self._db.in_transaction:
+            yield self._db
+        else:
+            with self._transaction() as db:
+                yield db
+
     def close(self) -> None:
         """Close the database."""
         self._db.close()
@@ -227,12 +303,15 @@ class Store:
         """Make the tables, or check that this is our schema and our key; return the device's number."""
         with self._transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA):
+            if version > SCHEMA:
                 raise StoreError(f"'{self._path}' has schema {version}, this fedrec reads {SCHEMA}; update fedrec.")
-            if version == 0:
-                for table in _TABLES:  # AUTOINCREMENT: a number is never used twice, so no seal fits two rows
-                    db.execute(f"CREATE TABLE {table}(row INTEGER PRIMARY KEY AUTOINCREMENT, sealed BLOB NOT NULL)")
+            if version < SCHEMA:
+                for table in _ROWS:  # AUTOINCREMENT: a number is never used twice, so no seal fits two rows
+                    columns = "row INTEGER PRIMARY KEY AUTOINCREMENT, sealed BLOB NOT NULL"
+                    db.execute(f"CREATE TABLE IF NOT EXISTS {table}({columns})")
+                db.execute(f"CREATE TABLE {_KEPT}(name TEXT PRIMARY KEY, sealed BLOB NOT NULL)")
                 db.execute(f"PRAGMA user_version = {SCHEMA}")
+            if version == 0:
                 self._insert("about", {"number": secrets.randbelow(1 << 62)})
         about = list(self._read("about"))
         if len(about) != 1:
@@ -240,34 +319,42 @@ class Store:
         return int(about[0][1]["number"])
 
     def _append(self, table: str, content: Any) -> int:
-        with self._transaction():
+        with self.together():
             return self._insert(table, content)
 
     def _insert(self, table: str, content: Any) -> int:
+        last = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
+        row = (last[0] if last else 0) + 1
+        self._db.execute(f"INSERT INTO {table} VALUES (?, ?)", (row, self._seal(table, row, content)))
+        return int(row)
+
+    def _seal(self, table: str, row: int, content: Any) -> bytes:
         try:
             text = json.dumps(content, allow_nan=False).encode()
         except ValueError as error:
             raise StoreError(f"Cannot record {content!r}: its value is not a finite number; give None.") from error
-        last = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
-        row, nonce = (last[0] if last else 0) + 1, secrets.token_bytes(NONCE_BYTES)
-        sealed = nonce + self._cipher.encrypt(nonce, text, _bound(table, row))
-        self._db.execute(f"INSERT INTO {table} VALUES (?, ?)", (row, sealed))
-        return int(row)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        return nonce + self._cipher.encrypt(nonce, text, _bound(table, row))
 
     def _read(self, table: str) -> Iterator[tuple[int, Any]]:
         with self._said():
             rows = self._db.execute(f"SELECT row, sealed FROM {table} ORDER BY row").fetchall()
         for row, sealed in rows:
-            try:
-                text = self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _bound(table, row))
-            except (InvalidTag, ValueError, TypeError) as error:
-                what = (
-                    "the key is not the one that it was written with"
-                    if table == "about"
-                    else f"row {row} of '{table}' was changed"
-                )
-                raise StoreError(f"Cannot read '{self._path}': {what}; restore the key or a backup.") from error
-            yield row, json.loads(text)
+            yield row, self._opened(table, row, sealed)
+
+    def _opened(self, table: str, row: int, sealed: bytes) -> Any:
+        return json.loads(self._unsealed(table, row, sealed))
+
+    def _unsealed(self, table: str, row: int | str, sealed: bytes) -> bytes:
+        try:
+            return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _bound(table, row))
+        except (InvalidTag, ValueError, TypeError) as error:
+            what = (
+                "the key is not the one that it was written with"
+                if table == "about"
+                else f"row {row} of '{table}' was changed"
+            )
+            raise StoreError(f"Cannot read '{self._path}': {what}; restore the key or a backup.") from error
 
     def _within(self, rows: list[Interaction]) -> list[Interaction]:
         if self.retention.max_age_seconds is not None:
@@ -326,5 +413,5 @@ def destroy(folder: Path, keys: KeyPlace | None = None) -> None:
         raise StoreError(f"Cannot remove the store in '{folder}': {error.strerror}.") from error
 
 
-def _bound(table: str, row: int) -> bytes:
-    return f"fedrec|{SCHEMA}|{table}|{row}".encode()
+def _bound(table: str, row: int | str) -> bytes:
+    return f"fedrec|{SEAL}|{table}|{row}".encode()

@@ -33,6 +33,22 @@ def pack(kind: str, header: dict[str, Any], tensors: Params) -> bytes:
     )
 
 
+def kind_of(document: bytes) -> str:
+    """Return the kind of a document, without reading its tensors; empty if it is none.
+
+    >>> kind_of(pack("greeting", {}, {}))
+    'greeting'
+    """
+    try:
+        length = int.from_bytes(document[:8], "little")
+        if not 0 < length <= min(MAX_HEADER_BYTES, len(document) - 8):
+            return ""
+        metadata = json.loads(json.loads(document[8 : 8 + length])["__metadata__"]["fedrec"])
+        return str(metadata["kind"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ""
+
+
 def unpack(kind: str, document: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
     """Return ``(header, tensors)`` of a document that `pack` wrote.
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from fedrec.data.slices import TimeSlice, TimeWindow
 from fedrec.errors import RunError
+from fedrec.evaluation.asked import metric_shapes
 from fedrec.evaluation.intervals import Estimate, difference, summarise
-from fedrec.evaluation.metrics import GROUPS, metric_names, private_names, private_norm
+from fedrec.evaluation.metrics import metric_names, private_names, private_norm
 from fedrec.models.build import build, trained
 from fedrec.models.configs import AnyModelConfig, PopularityConfig
 from fedrec.models.freeze import PUBLIC, needs_vectors
@@ -119,7 +120,7 @@ def _ask(
 
         people = ServerState.root_key(experiment).child("slice", time_slice.index, "judge", "people")
         places = sample(FixedCohort(size=contender.people), roster.n_clients, people)
-    shapes = _shapes(task, time_slice.n_items_test)
+    shapes = metric_shapes(task, time_slice.n_items_test)
     return gather(Ask(link, roster, plan_for, shapes, experiment.training.timeout_seconds), places)
 
 
@@ -210,15 +211,6 @@ def _noised_row(names: Sequence[str], sums: Sequence[float], n_people: float, de
         width = 1.96 * math.sqrt(mean * (1.0 - mean) / n + deviation**2 * (1.0 + mean**2) / n**2)
         metrics[name] = {"value": mean, "low": max(0.0, mean - width), "high": min(1.0, mean + width)}
     return {"n": max(0, round(n_people)), "metrics": metrics}
-
-
-def _shapes(task: EvaluateTask, n_items: int) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    groups = [*GROUPS, *(["sampled"] if task.sampled_negatives else [])]
-    rows, columns = task.replicates + 1, len(metric_names(task.ks))
-    wide = np.dtype(np.float64)
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {f"sum.{g}": ((rows, columns), wide) for g in groups}
-    shapes |= {f"weight.{g}": ((rows,), wide) for g in groups}
-    return {**shapes, "recommended": ((n_items,), np.dtype(np.int64))}
 
 
 def grown(model: AnyModelConfig, params: Params, n_items: int, recipe: Recipe) -> Params:

@@ -15,6 +15,7 @@ from fedrec.config import EvaluationConfig, Experiment, StatisticsConfig
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.features import item_features
 from fedrec.data.slices import TimeSlice
+from fedrec.evaluation.asked import cooccurrence_shapes
 from fedrec.models.blend import started
 from fedrec.models.build import trained
 from fedrec.models.configs import BlendConfig, PopularityConfig, SpectralConfig
@@ -43,7 +44,7 @@ from fedrec.server.private import private_gather
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
 from fedrec.server.round import Recipe, run_round, take_census
-from fedrec.server.spectral import added, asked_shapes, grown_statistic, projected, spectral_params
+from fedrec.server.spectral import added, grown_statistic, projected, spectral_params
 from fedrec.server.state import ServerState
 
 PRIVACY = {
@@ -216,7 +217,7 @@ def _statistic(
             time_slice.index, 0, task, PopularityConfig(), n_items, {}, key, recipe.catalog_digest, slots, inputs
         )
 
-    shapes = asked_shapes(task, n_items, rank)
+    shapes = cooccurrence_shapes(task, n_items, rank)
     guard, ask = recipe.guard, Ask(link, roster, plan_for, shapes, recipe.experiment.training.timeout_seconds)
     if guard is None:
         got = gather(ask)

@@ -10,24 +10,11 @@ from numpy.typing import NDArray
 from fedrec.errors import TallyRefused
 from fedrec.models.configs import SpectralConfig
 from fedrec.params import Array, Params
-from fedrec.protocol.codec import Shapes
-from fedrec.protocol.task import CooccurrenceTask
-from fedrec.protocol.triangle import packed, packed_size, unpacked
+from fedrec.protocol.triangle import packed, unpacked
 from fedrec.server.posterior import expected_pairs
 
 Features = NDArray[np.float32]
 _F32 = np.dtype(np.float32)
-
-
-def asked_shapes(task: CooccurrenceTask, n_items: int, rank: int) -> Shapes:
-    """Return what a node's sums look like."""
-    triangle, small = packed_size(n_items), packed_size(rank)
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.float32]]] = {"counts": ((n_items,), _F32)}
-    if task.sketch == "pairs":
-        shapes["pairs"] = ((triangle, 2 if task.feature_share else 1), _F32)
-    elif task.feature_share:
-        shapes["features"] = ((small,), _F32)
-    return shapes
 
 
 def projected(features: Features | None, sums: Params, n_clients: int) -> dict[str, Array]:

@@ -17,6 +17,7 @@ from fedrec.data.batches import Cohort
 from fedrec.data.log import InteractionLog
 from fedrec.data.slices import LastWindow
 from fedrec.errors import ProtocolError, TallyRefused
+from fedrec.evaluation.asked import cooccurrence_shapes
 from fedrec.models.configs import PopularityConfig
 from fedrec.params import Params
 from fedrec.protocol.plan import RoundPlan
@@ -24,7 +25,7 @@ from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CooccurrenceTask
 from fedrec.protocol.triangle import packed, packed_place, unpacked
 from fedrec.random import Key
-from fedrec.server.spectral import added, asked_shapes, grown_statistic, projected
+from fedrec.server.spectral import added, grown_statistic, projected
 from tests.support import dataset_of, small_rows
 
 WINDOW = LastWindow(skip=0)
@@ -133,7 +134,7 @@ def test_a_single_client_sends_sparse_pairs_and_they_come_back_exactly() -> None
     document = tally.to_bytes(plan.coding, pool.name)
     dense = sum(value.nbytes for value in tally.sums.values())
     assert len(document) < dense / 20
-    back = Tally.from_bytes(document, plan.coding, asked_shapes(task, n, 8))
+    back = Tally.from_bytes(document, plan.coding, cooccurrence_shapes(task, n, 8))
     for name, value in tally.sums.items():
         np.testing.assert_array_equal(back.sums[name], value)
 

@@ -10,7 +10,7 @@ from fedrec.protocol import wire
 from fedrec.protocol.signing import DeviceRelease, Terms, public_key, sign, verify
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
-TERMS = Terms(ledger="main", cohort_minimum=100, epsilon=1.0, delta=1e-6, expires_at=10)
+TERMS = Terms(ledger="main", cohort_minimum=100, epsilon=1.0, delta=1e-6, expires_at=10, nonce="0" * 32)
 
 
 def test_a_signed_document_comes_back_with_its_terms() -> None:

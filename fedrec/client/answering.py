@@ -1,0 +1,183 @@
+"""How a device answers a server: the signature first, then its own limits, then the work; nothing is sent from here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from fedrec.client.device_pool import DevicePool
+from fedrec.client.keeping import Unsent, keep_secrets, keep_unsent, kept_secrets
+from fedrec.client.limits import Kind, Limits, check
+from fedrec.client.store import Store
+from fedrec.data.slices import LastWindow, TimeWindow
+from fedrec.errors import PlanRefused
+from fedrec.evaluation.asked import shapes_of
+from fedrec.privacy.terms import Terms as SecureTerms
+from fedrec.protocol.link import Verb
+from fedrec.protocol.plan import RoundPlan
+from fedrec.protocol.signing import verify
+from fedrec.protocol.tally import Tally
+
+_NEEDS_TORCH: tuple[Kind, ...] = ("fit", "evaluate")
+_SAID = {"advertise": "keys for a masked sum", "share": "sealed shares of keys", "unmask": "shares that open a sum"}
+
+
+def able(limits: Limits) -> list[str]:
+    """Return which kinds of tasks this device can do and wants to: some need torch."""
+    torch = find_spec("torch") is not None
+    return [kind for kind in limits.tasks if torch or kind not in _NEEDS_TORCH]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a device would send, and what it must write down before it does.
+
+    Attributes:
+        document: the answer.
+        sent: the line for the log.
+        part: the line for the device's privacy ledger; None: nothing of the history is in the answer.
+        secrets: what a masked sum needs until its next phase.
+    """
+
+    document: bytes
+    sent: dict[str, Any]
+    part: dict[str, Any] | None = None
+    secrets: bytes | None = None
+
+    def keep(self, store: Store, task: str, verb: str) -> Unsent:
+        """Write all of it down at once, so that it can be sent, and only once."""
+        unsent = Unsent(task, verb, self.document)
+        line = {**self.sent, "verb": verb, "bytes": len(self.document), "sha256": unsent.sha256}
+        with store.together():
+            if self.part is not None:
+                store.take_part(self.part)
+            if self.secrets is not None:
+                keep_secrets(store, self.secrets)
+            store.log_sent(line)
+            keep_unsent(store, unsent)
+        return unsent
+
+
+def answer(
+    store: Store,
+    pool: DevicePool,
+    trusted: Collection[bytes],
+    limits: Limits,
+    verb: Verb,
+    document: bytes,
+    envelope: bytes,
+    now: int,
+) -> Answer:
+    """Do what is asked.
+
+    Args:
+        store: the device's.
+        pool: the device as a pool of one.
+        trusted: public keys of those whose plans count.
+        limits: what the device insists on.
+        verb: "run", or a phase of a masked sum.
+        document: what is asked in a phase of a masked sum, for this device alone.
+        envelope: the signed plan, in "run" and "mask".
+        now: seconds since 1970 UTC.
+
+    Raises:
+        PlanRefused: the plan is not signed, was changed, or asks for more than the device gives.
+        FedrecError: something is wrong with what was asked.
+    """
+    if verb == "run":
+        plan, sent, part = _agreed(store, pool, trusted, limits, envelope, None, now)
+        tally = pool.run(plan) if _eligible(pool, plan) else Tally({}, 0, {})
+        return Answer(tally.to_bytes(plan.coding, pool.name), {**sent, "masked": False}, part)
+    return _masked(store, pool, trusted, limits, verb, document, envelope, now)
+
+
+def _masked(
+    store: Store,
+    pool: DevicePool,
+    trusted: Collection[bytes],
+    limits: Limits,
+    verb: Verb,
+    document: bytes,
+    envelope: bytes,
+    now: int,
+) -> Answer:
+    from fedrec.client.secure import SecureNode  # cryptography's half of the work: only who takes part in it loads it
+    from fedrec.protocol.secure import AdvertiseRequest, MaskRequest
+
+    if verb == "advertise":
+        _check_terms(AdvertiseRequest.from_bytes(document).terms, limits)
+    if verb != "mask":
+        node = SecureNode(_Alone(pool), kept_secrets(store))
+        reply = node.answer(verb, document)
+        return Answer(reply, {"what": _SAID.get(verb, verb)}, None, node.memory)
+    agreed_on = SecureNode(_Alone(pool), kept_secrets(store)).terms
+    if agreed_on is None:
+        raise PlanRefused("The plan belongs to a masked sum that this device did not begin.")
+    plan, sent, part = _agreed(store, pool, trusted, limits, envelope, agreed_on, now)
+    node = SecureNode(_Alone(pool), kept_secrets(store))
+    request = MaskRequest.from_bytes(document)
+    reply = node.answer(verb, replace(request, plan=np.frombuffer(plan.to_bytes(), np.uint8)).to_bytes())
+    return Answer(reply, {**sent, "masked": True}, part, node.memory)
+
+
+def _check_terms(terms: SecureTerms, limits: Limits) -> None:
+    """Refuse a masked sum before any key is made for it; its plan is checked again, by what was signed."""
+    if terms.noise == "seed" and not limits.simulation:
+        raise PlanRefused("The masked sum takes noise from a seed, which protects nobody outside a simulation.")
+    if terms.settings.minimum < limits.cohort_minimum:
+        raise PlanRefused(
+            f"The masked sum may be opened for {terms.settings.minimum} people, this device hides among at least "
+            f"{limits.cohort_minimum}."
+        )
+
+
+def _agreed(
+    store: Store,
+    pool: DevicePool,
+    trusted: Collection[bytes],
+    limits: Limits,
+    envelope: bytes,
+    secure: SecureTerms | None,
+    now: int,
+) -> tuple[RoundPlan, dict[str, Any], dict[str, Any]]:
+    """Return the plan, for the device's one person, and what to write into the log and into the device's ledger."""
+    document, terms = verify("plan", envelope, trusted)
+    if terms is None:
+        raise PlanRefused("The plan comes without terms, so nothing is promised about it.")
+    plan = RoundPlan.from_bytes(document)
+    part = check(plan, terms, secure, limits, store.parts(), pool.catalog.digest(), now)
+    if plan.task.kind not in able(limits):
+        raise PlanRefused(f"The plan asks for a {plan.task.kind}, which needs torch, and this device has none.")
+    sent = {"what": plan.task.kind, "slice": plan.slice, "round": plan.round, "ledger": terms.ledger,
+            "epsilon": terms.epsilon, "cohort_minimum": terms.cohort_minimum,
+            "tensors": {name: list(shape) for name, (shape, _) in shapes_of(plan).items()}}  # fmt: skip
+    return replace(plan, slots=np.zeros(1, np.int64)), sent, part
+
+
+def _eligible(pool: DevicePool, plan: RoundPlan) -> bool:
+    return pool.census(plan.task.window, plan.catalog_digest) > 0
+
+
+class _Alone:
+    """One person's pool that always contributes: zeros if there is nothing to tell, so that silence tells nothing."""
+
+    def __init__(self, pool: DevicePool) -> None:
+        self._pool = pool
+
+    @property
+    def name(self) -> str:
+        return self._pool.name
+
+    def census(self, window: TimeWindow | LastWindow, catalog_digest: str) -> int:
+        return self._pool.census(window, catalog_digest)
+
+    def run(self, plan: RoundPlan) -> Tally:
+        found = self._pool.run(plan) if _eligible(self._pool, plan) else Tally({}, 0, {})
+        if found.sums:
+            return found
+        sums = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes_of(plan).items()}
+        return Tally(sums, 0, {})
