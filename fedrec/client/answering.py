@@ -28,7 +28,10 @@ _SAID = {"advertise": "keys for a masked sum", "share": "sealed shares of keys",
 
 def able(limits: Limits) -> list[str]:
     """Return which kinds of tasks this device can do and wants to: some need torch."""
-    torch = find_spec("torch") is not None
+    try:
+        torch = find_spec("torch") is not None
+    except ModuleNotFoundError:
+        torch = False
     return [kind for kind in limits.tasks if torch or kind not in _NEEDS_TORCH]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from fedrec.errors import ProtocolError
 from fedrec.evaluation.metrics import GROUPS, metric_names, private_names, private_norm
+from fedrec.models.freeze import trains
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
@@ -23,17 +24,17 @@ def shapes_of(plan: RoundPlan) -> Shapes:
     Raises:
         ProtocolError: the plan asks for a statistic of features and carries none.
     """
-    task, n = plan.task, plan.n_items
+    task, n_items = plan.task, plan.n_items
     if isinstance(task, FitTask):
-        return {name: (value.shape, value.dtype) for name, value in plan.params.items()}
+        return {n: (value.shape, value.dtype) for n, value in plan.params.items() if trains(plan.model, n)}
     if isinstance(task, CountTask):
-        return {"counts": ((n,), _F32)}
+        return {"counts": ((n_items,), _F32)}
     if isinstance(task, EvaluateTask):
-        return metric_shapes(task, n)
+        return metric_shapes(task, n_items)
     features = plan.inputs.get("features")
     if task.feature_share and (features is None or features.ndim != 2):
         raise ProtocolError("The plan asks for a statistic of features, but carries no features of its items.")
-    return cooccurrence_shapes(task, n, 0 if features is None else features.shape[1])
+    return cooccurrence_shapes(task, n_items, 0 if features is None else features.shape[1])
 
 
 def cooccurrence_shapes(task: CooccurrenceTask, n_items: int, rank: int) -> Shapes:
