@@ -22,7 +22,7 @@ from fedrec.random import Key
 from fedrec.server.gather import Ask, Roster
 from fedrec.server.secure import SecureGathered, secure_gather
 
-D = 40
+D = 1000
 SHAPES = {"counts": ((D,), np.dtype(np.float32))}
 Tamper = Callable[[Verb, int, bytes], bytes]
 

@@ -14,38 +14,24 @@ from numpy.typing import NDArray
 
 from fedrec.errors import MaskingError
 from fedrec.params import Array
-from fedrec.privacy.masking import (
-    KEY_BYTES,
-    SHARE_BYTES,
-    KeyPair,
-    Ring,
-    add_mask,
-    commitment,
-    derive,
-    seal,
-    split,
-    unseal,
-)
+from fedrec.privacy.masking import KEY_BYTES, KeyPair, Ring, add_mask, commitment, derive, seal, seed_of, unseal
 from fedrec.privacy.noise import NoiseSource, Uniforms
+from fedrec.privacy.shares import SHARE_BYTES, split
 from fedrec.privacy.terms import Terms, degree
-from fedrec.protocol.secure import NOTHING, OF_KEY, OF_SEED, SEALED, Bytes, Flags, Ints
+from fedrec.protocol.secure import LETTER, NOTHING, OF_ROOT, SEALED, Bytes, Flags, Ints, kinds_of
 
 ADVERTISED, SHARED, OPENED, MASKED, DONE = range(5)
-STATE = (
-    "secrets",
-    "neighbours",
-    "agreed",
-    "publics",
-    "present",
-    "received",
-    "own_share",
-)
-"""What a party keeps in arrays between phases."""
+STATE = ("secrets", "neighbours", "near", "agreed", "publics", "present", "received", "own_shares")
+PLAIN = ("number", "slot", "phase", "silent", "n_parties")
+"""What a party keeps between phases, in arrays and in plain numbers."""
 
 
 @dataclass
 class Party:
     """One client in one session. Each method is one phase, and no phase can be repeated.
+
+    From the party's root follow the seed of its own mask and the extra part of its noise. Whoever has the root can take
+    both off; whoever has the seed alone cannot tell the noise.
 
     Attributes:
         terms: what was agreed on.
@@ -53,13 +39,15 @@ class Party:
         slot: the client's place among the node's eligible ones.
         phase: how far it has come.
         silent: it pretends to be gone when shares are asked for.
-        secrets: private key for letters, private key for masks, random seed of the mask of its own.
+        n_parties: how many advertised keys.
+        secrets: private key for letters, private key for masks, root.
         neighbours: [k] with whom keys are exchanged.
-        agreed: [k, 32] secret shared with each, for letters.
+        near: [k] who of them is on the same node, so that letters need no key.
+        agreed: [k, 32] secret shared with each of the others, for letters.
         publics: [k, 32] public key of each, for masks.
         present: [k] who of them sent a letter.
-        received: [k, 66] their letters: a share of the seed, a share of the mask key.
-        own_share: a share of the party's own seed.
+        received: [k, LETTER] their letters: shares of root, seed and mask key.
+        own_shares: [2, SHARE_BYTES] shares of the party's own root and seed.
     """
 
     terms: Terms
@@ -67,17 +55,21 @@ class Party:
     slot: int
     phase: int = ADVERTISED
     silent: bool = False
+    n_parties: int = 0
     secrets: Bytes = field(default_factory=lambda: _bytes(os.urandom(3 * KEY_BYTES)), repr=False)
     neighbours: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    near: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))
     agreed: Bytes = field(default_factory=lambda: np.zeros((0, KEY_BYTES), np.uint8), repr=False)
     publics: Bytes = field(default_factory=lambda: np.zeros((0, KEY_BYTES), np.uint8), repr=False)
     present: Flags = field(default_factory=lambda: np.zeros(0, np.bool_))
-    received: Bytes = field(default_factory=lambda: np.zeros((0, 2 * SHARE_BYTES), np.uint8), repr=False)
-    own_share: Bytes = field(default_factory=lambda: np.zeros(SHARE_BYTES, np.uint8), repr=False)
+    received: Bytes = field(default_factory=lambda: np.zeros((0, LETTER), np.uint8), repr=False)
+    own_shares: Bytes = field(default_factory=lambda: np.zeros((2, SHARE_BYTES), np.uint8), repr=False)
 
     @property
-    def seed(self) -> bytes:
-        """What the mask of its own grows from."""
+    def root(self) -> bytes:
+        """What the seed and the extra noise grow from; in a simulation that is to be repeated, known to everybody."""
+        if self.terms.noise == "seed":
+            return derive(bytes(KEY_BYTES), "simulated root", self.terms.session, self.number)
         return self.secrets[2 * KEY_BYTES :].tobytes()
 
     @property
@@ -92,16 +84,20 @@ class Party:
 
     def advert(self) -> Bytes:
         """Return what everybody may know: [96] two public keys and the commitment to the seed."""
-        bound = commitment(self.terms.session, self.number, self.seed)
+        session = self.terms.session
+        bound = commitment(session, self.number, seed_of(self.root, session, self.number))
         return _bytes(self.letter_key.public + self.mask_key.public + bound)
 
-    def share(self, n_parties: int, neighbours: Ints, adverts: Bytes) -> Bytes:
-        """Return [k, SEALED] letters with shares of the party's seed and mask key, one to each neighbour.
+    def share(
+        self, n_parties: int, neighbours: Ints, adverts: Bytes, near: Collection[int] = ()
+    ) -> tuple[Bytes, dict[int, Bytes]]:
+        """Return [k, SEALED] letters with shares of the party's secrets, one to each neighbour, and those that stay.
 
         Args:
             n_parties: how many take part in all.
             neighbours: [k] numbers of the neighbours.
             adverts: [k, 96] what they advertised.
+            near: parties of the same node: their letters stay on it, and their rows are zeros.
 
         Raises:
             MaskingError: out of turn, too few parties, or a neighbour or key that is repeated or the party's own.
@@ -111,7 +107,9 @@ class Party:
         if not settings.minimum <= n_parties <= self.terms.n_asked:
             raise MaskingError(f"{n_parties} clients take part, not {settings.minimum} to {self.terms.n_asked}.")
         others = [int(other) for other in neighbours]
-        if len({*others, self.number}) != len(others) + 1 or min(others, default=-1) < 0:
+        if len({*others, self.number}) != len(others) + 1 or not 0 <= min(others, default=-1) <= max(others) < (
+            self.terms.n_asked
+        ):
             raise MaskingError("Neighbours are repeated, missing, or the client itself.")
         if len(others) != degree(n_parties, settings):
             raise MaskingError(f"{len(others)} neighbours are not the {degree(n_parties, settings)} of the terms.")
@@ -122,36 +120,42 @@ class Party:
         if len({*keys, letter_key.public, mask_key.public}) != len(keys) + 2:
             raise MaskingError("Two clients advertised the same key, so one of them is not what it says.")
         points = [number + 1 for number in (*others, self.number)]
-        threshold = self.terms.shares_needed(len(points))
-        seeds, of_key = split(self.seed, points, threshold), split(mask_key.private, points[:-1], threshold)
+        secrets = [self.root, seed_of(self.root, session, self.number), mask_key.private]
+        shares = split(secrets, points, self.terms.shares_needed(len(points)))
+        plain = np.ascontiguousarray(shares[:, :-1].transpose(1, 0, 2)).reshape(len(others), LETTER)
         letters = np.zeros((len(others), SEALED), np.uint8)
         self.agreed = np.zeros((len(others), KEY_BYTES), np.uint8)
-        for at, other in enumerate(others):
-            secret = letter_key.agree(keys[at])
-            self.agreed[at] = _bytes(secret)
-            key = derive(secret, "letter", session, self.number, other)
-            letters[at] = _bytes(seal(key, seeds[at] + of_key[at], session, self.number, other))
-        self.neighbours = np.asarray(others, np.int64)
+        self.near = np.array([other in near for other in others], np.bool_)
+        self.neighbours, self.n_parties = np.asarray(others, np.int64), n_parties
         self.publics = adverts[:, KEY_BYTES : 2 * KEY_BYTES].copy()
-        self.own_share = _bytes(seeds[-1])
+        self.own_shares = shares[:2, -1].copy()
+        self.received = np.zeros((len(others), LETTER), np.uint8)
+        for at, other in enumerate(others):
+            if other not in near:
+                secret = letter_key.agree(keys[at])
+                self.agreed[at] = _bytes(secret)
+                key = derive(secret, "letter", session, self.number, other)
+                letters[at] = _bytes(seal(key, plain[at].tobytes(), session, self.number, other))
         self.phase = SHARED
-        return letters
+        return letters, {other: plain[at] for at, other in enumerate(others) if other in near}
 
-    def receive(self, n_sharing: int, present: Flags, letters: Bytes) -> None:
+    def accept(self, sender: int, letter: Bytes) -> None:
+        """Take the letter of a party of the same node, which needs no seal."""
+        self.received[self.neighbours == sender] = letter
+
+    def receive(self, present: Flags, letters: Bytes) -> None:
         """Open the letters of the neighbours that are present; the others count as never there.
 
         Raises:
             MaskingError: out of turn, too few present to put the party's secrets together, or a letter was changed.
         """
         self._turn(SHARED)
-        if len(present) != len(self.neighbours) or n_sharing > self.terms.n_asked:
+        if len(present) != len(self.neighbours):
             raise MaskingError("The server tells of other neighbours than before.")
-        if n_sharing < self.terms.settings.minimum or int(present.sum()) + 1 > n_sharing:
-            raise MaskingError(f"{n_sharing} clients are too few for a secure sum.")
         if int(present.sum()) < self.terms.shares_needed(len(present) + 1):
             raise MaskingError("Too few neighbours are left to put this client's secrets together.")
-        received = np.zeros((len(present), 2 * SHARE_BYTES), np.uint8)
-        for at in np.flatnonzero(present):
+        received = np.where((present & self.near)[:, None], self.received, np.uint8(0))
+        for at in np.flatnonzero(present & ~self.near):
             other, session = int(self.neighbours[at]), self.terms.session
             key = derive(self.agreed[at].tobytes(), "letter", session, other, self.number)
             received[at] = _bytes(unseal(key, letters[at].tobytes(), session, other, self.number))
@@ -172,7 +176,8 @@ class Party:
         self._turn(OPENED)
         session, key = self.terms.session, self.mask_key
         total += self.terms.grid.to_ring(units)
-        add_mask(total, derive(self.seed, "own mask", session, self.number), 1)
+        seed = seed_of(self.root, session, self.number)
+        add_mask(total, derive(seed, "own mask", session, self.number), 1)
         for at in np.flatnonzero(self.present):
             other = int(self.neighbours[at])
             if other not in together:
@@ -181,32 +186,36 @@ class Party:
                 add_mask(total, derive(secret, "shared mask", session, low, high), 1 if self.number == low else -1)
         self.phase = MASKED
 
-    def unmask(self, n_sharing: int, n_arrived: int, arrived: Flags) -> tuple[Bytes, Bytes]:
-        """Return [k + 1] kinds and [k + 1, 33] shares: of each neighbour one, of its seed or of its key, never both.
+    def unmask(self, arrived: Flags) -> tuple[Bytes, Bytes]:
+        """Return [k + 1] kinds and [k + 1, SHARE_BYTES] shares: of each neighbour and of itself at most one.
 
         Args:
-            n_sharing: how many exchanged keys, as told when contributions were asked for.
-            n_arrived: how many contributions the server holds.
-            arrived: [k] whose of the neighbours.
+            arrived: [n_asked] whose contributions the server holds, by number.
 
         Raises:
             MaskingError: out of turn, or too few arrived: then there is too little noise, and nothing is told.
         """
         self._turn(MASKED)
-        if len(arrived) != len(self.present) or bool((arrived & ~self.present).any()):
+        if len(arrived) != self.terms.n_asked or not arrived[self.number]:
+            raise MaskingError("The server tells of other clients than it asked.")
+        theirs, n_arrived = arrived[self.neighbours], int(arrived.sum())
+        if bool((theirs & ~self.present).any()):
             raise MaskingError("The server claims contributions of clients that were not there.")
-        if not self.terms.needed(n_sharing) <= n_arrived <= n_sharing or int(arrived.sum()) + 1 > n_arrived:
+        if not self.terms.needed(self.n_parties) <= n_arrived <= self.n_parties:
             raise MaskingError(
-                f"{n_arrived} contributions arrived where {self.terms.needed(n_sharing)} of {n_sharing} are needed; "
-                "nothing is opened."
+                f"{n_arrived} contributions arrived where {self.terms.needed(self.n_parties)} of {self.n_parties} are "
+                "needed; nothing is opened."
             )
-        if int(arrived.sum()) + 1 < self.terms.shares_needed(len(arrived) + 1):
+        if int(theirs.sum()) + 1 < self.terms.shares_needed(len(theirs) + 1):
             raise MaskingError("The server claims that most neighbours are gone; their keys are not told.")
-        kinds = np.where(arrived, OF_SEED, np.where(self.present, OF_KEY, NOTHING)).astype(np.uint8)
-        halves = self.received.reshape(-1, 2, SHARE_BYTES)
-        shares = np.where(arrived[:, None], halves[:, 0], halves[:, 1])
+        wanted = kinds_of(self.terms, self.n_parties, arrived)
+        kinds = np.where(self.present, wanted[self.neighbours], np.uint8(NOTHING))
+        letters = self.received.reshape(-1, 3, SHARE_BYTES)
+        shares = letters[np.arange(len(kinds)), np.maximum(kinds, OF_ROOT) - OF_ROOT]
+        shares = np.where((kinds == NOTHING)[:, None], np.uint8(0), shares)
+        own = int(wanted[self.number])
         self.received, self.phase = np.zeros_like(self.received), DONE
-        return np.append(kinds, np.uint8(OF_SEED)), np.concatenate([shares, self.own_share[None]])
+        return np.append(kinds, np.uint8(own)), np.concatenate([shares, self.own_shares[None, own - OF_ROOT]])
 
     def to_state(self) -> dict[str, Array]:
         """Return all of the party's arrays, its secrets among them: for the client's own memory only."""
@@ -220,11 +229,11 @@ class Party:
 def contribution(
     terms: Terms, deviation: float, values: NDArray[np.float64], noise: NoiseSource, uniforms: Uniforms
 ) -> NDArray[np.int64]:
-    """Return one client's contribution as it is masked: clipped, rounded to whole units, its share of noise added.
+    """Return one client's contribution: clipped, rounded to whole units, the part of its noise added that stays.
 
     Args:
         terms: what was agreed on.
-        deviation: parameter of the client's noise, ``terms.deviation``.
+        deviation: parameter of that part.
         values: [d] numbers.
         noise: where noise comes from.
         uniforms: what decides about rounding.

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from fedrec.client.party import STATE, Party, contribution
+from fedrec.client.party import PLAIN, STATE, Party, contribution
 from fedrec.client.pool import ClientPool
 from fedrec.errors import MaskingError
 from fedrec.params import Array
-from fedrec.privacy.masking import SHARE_BYTES
+from fedrec.privacy.discrete import extra_noise
+from fedrec.privacy.masking import noise_key
 from fedrec.privacy.noise import NoiseSource, SecureNoise, SeededNoise, Uniforms, system_uniforms
+from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms
 from fedrec.protocol import wire
 from fedrec.protocol.link import Verb
@@ -50,7 +52,6 @@ class SecureNode:
         self._pool = pool
         self._sessions: list[str] = []
         self._terms: Terms | None = None
-        self._n_sharing = 0
         self._parties: dict[int, Party] = {}
         if memory is not None:
             self._recall(memory)
@@ -75,10 +76,12 @@ class SecureNode:
             raise MaskingError("This session of a secure sum was held before; a new one needs a new name.")
         request.terms.check()
         numbers, slots = request.parties.tolist(), request.slots.tolist()
-        if len(set(numbers)) != len(numbers) or len(set(slots)) != len(slots) or min(numbers, default=0) < 0:
+        if len(set(numbers)) != len(numbers) or len(set(slots)) != len(slots):
             raise MaskingError("The server names a client twice.")
+        if not 0 <= min(numbers, default=0) <= max(numbers, default=0) < request.terms.n_asked:
+            raise MaskingError("The server numbers clients that it did not ask.")
         self._sessions = [*self._sessions, request.session][-REMEMBERED:]
-        self._terms, self._n_sharing = request.terms, 0
+        self._terms = request.terms
         self._parties = {n: Party(request.terms, n, slot) for n, slot in zip(numbers, slots, strict=True)}
         adverts = np.stack([party.advert() for party in self._parties.values()])
         return AdvertiseReply(request.session, request.parties, adverts)
@@ -90,12 +93,17 @@ class SecureNode:
         place = {number: at for at, number in enumerate(request.known.tolist())}
         if not set(request.neighbours.ravel().tolist()) <= place.keys():
             raise MaskingError("The server names neighbours without their keys.")
-        letters = [
-            party.share(request.n_parties, row, request.adverts[[place[int(other)] for other in row]])
+        self._parties = {party.number: party for party in parties}
+        shared = [
+            party.share(
+                request.n_parties, row, request.adverts[[place[int(other)] for other in row]], self._parties.keys()
+            )
             for party, row in zip(parties, request.neighbours, strict=True)
         ]
-        self._parties = {party.number: party for party in parties}
-        return ShareReply(request.session, request.parties, np.stack(letters))
+        for party, (_, near) in zip(parties, shared, strict=True):
+            for other, letter in near.items():
+                self._parties[other].accept(party.number, letter)
+        return ShareReply(request.session, request.parties, np.stack([letters for letters, _ in shared]))
 
     def _mask(self, request: MaskRequest) -> MaskReply:
         parties, terms = self._called(request.session, request.parties), self._known_terms
@@ -107,16 +115,17 @@ class SecureNode:
             )
         if sorted(plan.slots.tolist()) != sorted(party.slot for party in parties):
             raise MaskingError("The plan is for other clients than those that exchanged keys.")
-        self._n_sharing = request.n_sharing
         for party, present, letters in zip(parties, request.present, request.letters, strict=True):
-            party.receive(request.n_sharing, present, letters)
+            party.receive(present, letters)
         staying = self._pretend(parties, plan)
         together = frozenset(party.number for party in staying)
         total = np.zeros(terms.n_values, terms.grid.dtype)
-        deviation = terms.deviation(request.n_sharing)
         for party in staying:
             own = self._pool.run(replace(plan, slots=np.array([party.slot], np.int64)))
-            units = contribution(terms, deviation, flatten(terms, own.sums), *_randomness(terms, plan, party.number))
+            noise = terms.client_noise(party.n_parties)
+            units = contribution(terms, noise.base, flatten(terms, own.sums), *_randomness(terms, plan, party.number))
+            if noise.extra:
+                units += extra_noise(noise_key(party.root, terms.session, party.number), noise.extra, len(units))
             party.mask(total, units, together)
         self._parties = {party.number: party for party in staying}
         return MaskReply(request.session, np.array([party.number for party in staying], np.int64), total)
@@ -124,12 +133,12 @@ class SecureNode:
     def _unmask(self, request: UnmaskRequest) -> UnmaskReply:
         parties = self._called(request.session, request.parties)
         told: list[tuple[int, Bytes, Bytes]] = []
-        for party, arrived in zip(parties, request.arrived, strict=True):
-            kinds, shares = party.unmask(self._n_sharing, request.n_arrived, arrived)
+        for party in parties:
+            kinds, shares = party.unmask(request.arrived)
             if not party.silent:
                 told.append((party.number, kinds, shares))
         self._parties = {}
-        k = request.arrived.shape[1]
+        k = len(parties[0].neighbours)
         return UnmaskReply(
             request.session,
             np.array([number for number, _, _ in told], np.int64),
@@ -173,12 +182,10 @@ class SecureNode:
         header: dict[str, Any] = {
             "sessions": self._sessions,
             "terms": None if self._terms is None else self._terms.model_dump(mode="json"),
-            "n_sharing": self._n_sharing,
         }
         parties = list(self._parties.values())
         tensors: dict[str, Array] = {
-            name: np.array([getattr(party, name) for party in parties], np.int64)
-            for name in ("number", "slot", "phase", "silent")
+            name: np.array([getattr(party, name) for party in parties], np.int64) for name in PLAIN
         }
         if parties:
             tensors |= {name: np.stack([party.to_state()[name] for party in parties]) for name in STATE}
@@ -190,11 +197,11 @@ class SecureNode:
             self._terms = None if header["terms"] is None else Terms.model_validate(header["terms"])
         except ValidationError as error:
             raise MaskingError(f"What the node remembers of a secure sum is damaged: {error}") from error
-        self._sessions, self._n_sharing = list(header["sessions"]), int(header["n_sharing"])
-        plain = zip(*(tensors[name].tolist() for name in ("number", "slot", "phase", "silent")), strict=True)
-        for at, (number, slot, phase, silent) in enumerate(plain):
+        self._sessions = list(header["sessions"])
+        for at, numbers in enumerate(zip(*(tensors[name].tolist() for name in PLAIN), strict=True)):
+            plain = dict(zip(PLAIN, numbers, strict=True)) | {"silent": bool(tensors["silent"][at])}
             arrays = {name: tensors[name][at] for name in STATE}
-            self._parties[number] = Party(self._known_terms, number, slot, phase, bool(silent), **arrays)
+            self._parties[plain["number"]] = Party(self._known_terms, **plain, **arrays)
 
 
 def _randomness(terms: Terms, plan: RoundPlan, party: int) -> tuple[NoiseSource, Uniforms]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fedrec.errors import MaskingError
 from fedrec.privacy.masking import Ring
-from fedrec.privacy.noise import Uniforms
+from fedrec.privacy.noise import KeyStream, Uniforms, discrete_gaussian
 
 FINEST = 40
 """A clip norm has at most 2^40 units: then every step below is exact in float64."""
@@ -127,56 +127,84 @@ def finest(grid: Grid, n_clients: int, noise_multiplier: float, excess: float) -
     )
 
 
-def effective_multiplier(sensitivity: float, deviation: float, n_clients: int, n_values: int) -> float:
+@dataclass(frozen=True)
+class ClientNoise:
+    """The discrete Gaussian noise of one client, in units: two parts, of which one may be taken off afterwards.
+
+    Attributes:
+        base: parameter of the part that stays, whoever falls silent.
+        extra: parameter of the part that only some of those who stay must keep; 0: there is none.
+    """
+
+    base: float
+    extra: float
+
+
+def effective_multiplier(sensitivity: float, total: float, part: float, n_parts: int, n_values: int) -> float:
     r"""Return the noise multiplier of a continuous Gaussian that is no more private than a sum of discrete ones.
 
-    A sum of n discrete Gaussians of parameter s is not one, but nearly: with
-    :math:`\tau = 10 \sum_{k=1}^{n-1} e^{-2 \pi^2 s^2 k / (k+1)}` its Renyi divergence is at most
-    :math:`\frac{\alpha}{2} (\Delta / (\sqrt n s) + \tau \sqrt d)^2`, that of a Gaussian with multiplier
-    :math:`1 / (\Delta / (\sqrt n s) + \tau \sqrt d)`.
+    A sum of discrete Gaussians is not one, but nearly: if one more of parameter t is added to a sum of variance V, the
+    logarithm of any probability is off by at most :math:`5 e^{-2 \pi^2 / (1/V + 1/t^2)}`. Of parts of parameter s at
+    least the k-th addition has :math:`V \ge k s^2`. So with
+    :math:`\tau = 10 \sum_{k=1}^{n-1} e^{-2 \pi^2 s^2 k / (k+1)}` the Renyi divergence of the whole is at most
+    :math:`\frac{\alpha}{2} (\Delta / S + \tau \sqrt d)^2`, that of a Gaussian with multiplier
+    :math:`1 / (\Delta / S + \tau \sqrt d)`.
 
     Args:
         sensitivity: Delta, in units.
-        deviation: s, of each client's noise.
-        n_clients: n, how many honest clients add noise at least; more only add to privacy.
+        total: S, the root of the sum of all squared parameters, at least.
+        part: s, the smallest parameter.
+        n_parts: n, how many are added up at most.
         n_values: d.
 
     Returns:
         0 where the bound does not hold, below s = 1/2.
 
-    Source: Kairouz et al., ICML 2021, proposition 14, its third term, and theorem 1.
+    Source: Kairouz et al., ICML 2021, theorem 9 (two summands) and proposition 14, its third term (equal ones).
     """
-    if deviation < 0.5:
+    if part < 0.5:
         return 0.0
-    exponent = -2 * (math.pi * deviation) ** 2
+    exponent = -2 * (math.pi * part) ** 2
     # The first terms as they are, the others by the largest of them: never too small.
-    first = [math.exp(exponent * k / (k + 1)) for k in range(1, min(n_clients, 16))]
-    tau = 10 * (sum(first) + max(n_clients - 16, 0) * math.exp(exponent * 16 / 17))
-    return 1.0 / (sensitivity / (math.sqrt(n_clients) * deviation) + tau * math.sqrt(n_values))
+    first = [math.exp(exponent * k / (k + 1)) for k in range(1, min(n_parts, 16))]
+    tau = 10 * (sum(first) + max(n_parts - 16, 0) * math.exp(exponent * 16 / 17))
+    return 1.0 / (sensitivity / total + tau * math.sqrt(n_values))
 
 
-def noise_deviation(grid: Grid, noise_multiplier: float, n_honest: int) -> float:
-    """Return the parameter of the discrete Gaussian that each client adds, so that `n_honest` together suffice.
+def client_noise(grid: Grid, noise_multiplier: float, fewest: int, most: int) -> ClientNoise:
+    r"""Return the noise of each client, so that both parts of `fewest`, or the bases of `most`, are the charged noise.
+
+    .. math:: base^2 = V / most, \qquad base^2 + extra^2 = V / fewest .
 
     Args:
         grid: what contributions are rounded to; the multiplier is over its `sensitivity`, rounding included.
         noise_multiplier: what the ledger was charged.
-        n_honest: how many clients that tell nobody their noise are in every sum that is opened.
+        fewest: how many clients that tell nobody their noise are in every sum that is opened.
+        most: how many such clients there are; as many as `fewest` where nothing is ever taken off.
 
     Raises:
         MaskingError: units are so coarse that the noise would have to be much larger.
     """
     if noise_multiplier == 0:
-        return 0.0
-    plain = noise_multiplier * grid.sensitivity / math.sqrt(n_honest)
-    deviation = max(plain, 0.5)
-    while effective_multiplier(grid.sensitivity, deviation, n_honest, grid.n_values) < noise_multiplier:
-        deviation *= 1 + 1e-12 if deviation == plain else 1.001
-        if deviation > MOST_INFLATION * plain:
-            break
-    if deviation > MOST_INFLATION * plain:
-        raise MaskingError(
-            f"Noise of {plain:.2g} units a client is too coarse to account for; set ring_bits to 64 or take fewer "
-            "clients."
-        )
-    return deviation
+        return ClientNoise(0.0, 0.0)
+    plain = total = noise_multiplier * grid.sensitivity
+    while True:
+        base, extra = total / math.sqrt(most), total * math.sqrt(max(0.0, 1 / fewest - 1 / most))
+        part = min(base, extra) if most > fewest else base
+        found = effective_multiplier(grid.sensitivity, total, part, 2 * most, grid.n_values)
+        if found >= noise_multiplier:
+            return ClientNoise(base, extra if most > fewest else 0.0)
+        if total > MOST_INFLATION * plain:
+            raise MaskingError(
+                f"Noise of {part:.2g} units a client is too coarse to account for; set ring_bits to 64 or take fewer "
+                "clients."
+            )
+        total *= 1 + 1e-12 if total == plain else 1.001
+
+
+def extra_noise(key: bytes, deviation: float, n_values: int) -> NDArray[np.int64]:
+    """Return the part of a client's noise that may be taken off: the same for whoever has the key.
+
+    Machines whose logarithms differ in the last bit get the same numbers but for one unit in some of 1e10.
+    """
+    return discrete_gaussian(KeyStream(key), deviation, (n_values,))

@@ -1,4 +1,4 @@
-"""Masks that cancel in a sum: key agreement, key streams, sealed letters, and secrets cut into shares.
+"""Masks that cancel in a sum: key agreement, key streams, sealed letters; secrets cut into shares are in `shares`.
 
 Numbers are added in the ring of 32- or 64-bit unsigned integers, where a uniform mask hides any number completely.
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -23,12 +22,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 KEY_BYTES = 32
-PRIME = 2**256 + 297
-"""The smallest prime above 2^256: a 32-byte secret is one number of its field."""
-SHARE_BYTES = 33
 NONCE_BYTES, TAG_BYTES = 12, 16
-_SPARE = 16
-"""More random bytes than a coefficient has, so that the remainder is uniform to 2^-128."""
 
 Ring = NDArray[np.uint32] | NDArray[np.uint64]
 
@@ -85,6 +79,16 @@ def derive(secret: bytes, purpose: str, session: str, *parties: int) -> bytes:
     return HKDF(SHA256(), KEY_BYTES, None, _context(purpose, session, *parties)).derive(secret)
 
 
+def seed_of(root: bytes, session: str, party: int) -> bytes:
+    """Return the seed of a party's own mask, which follows from its root; the root does not follow from it."""
+    return derive(root, "own seed", session, party)
+
+
+def noise_key(root: bytes, session: str, party: int) -> bytes:
+    """Return the key of the part of a party's noise that may be taken off, which follows from its root."""
+    return derive(root, "extra noise", session, party)
+
+
 def commitment(session: str, party: int, seed: bytes) -> bytes:
     """Return 32 bytes that bind a party to its random seed and tell nothing of it."""
     return hashlib.sha256(_context("seed", session, party) + seed).digest()
@@ -129,67 +133,6 @@ def add_mask(total: Ring, key: bytes, sign: int) -> None:
     """Add the key's stream to `total` in place, or subtract it if `sign` is negative; the ring wraps around."""
     operation = np.add if sign > 0 else np.subtract
     operation(total, keystream(key, len(total), total.dtype), out=total)
-
-
-def split(secret: bytes, points: Sequence[int], threshold: int) -> list[bytes]:
-    """Cut a secret into shares, one for each point, any `threshold` of which give it back and fewer tell nothing.
-
-    Args:
-        secret: 32 bytes.
-        points: distinct numbers above 0 that name the holders.
-        threshold: how many shares it takes.
-
-    Returns:
-        33 bytes for each point: the value there of a random polynomial of degree ``threshold - 1`` over the field.
-
-    Raises:
-        MaskingError: points are repeated or not above 0, or there are fewer than the threshold.
-
-    Source: Shamir, Communications of the ACM 22(11), 1979.
-    """
-    if len(set(points)) != len(points) or min(points, default=0) < 1:
-        raise MaskingError("Shares need distinct holders, numbered from 1.")
-    if not 1 <= threshold <= len(points):
-        raise MaskingError(f"{len(points)} shares cannot need {threshold} to be put together.")
-    width = SHARE_BYTES + _SPARE
-    random = os.urandom(width * (threshold - 1))
-    falling = [int.from_bytes(random[at : at + width], "little") % PRIME for at in range(0, len(random), width)]
-    falling.append(int.from_bytes(secret, "little"))
-    shares = []
-    for point in points:
-        value = 0
-        for coefficient in falling:  # points are small, so one reduction at the end is quicker than one at each step
-            value = value * point + coefficient
-        shares.append((value % PRIME).to_bytes(SHARE_BYTES, "little"))
-    return shares
-
-
-def join(shares: Mapping[int, bytes]) -> bytes:
-    """Return the secret of exactly as many shares as its threshold, by point.
-
-    Whether they belonged together shows only in what the secret must match: a public key, a commitment.
-
-    Raises:
-        MaskingError: a share is no number of the field, or together they give none of 32 bytes.
-    """
-    points = list(shares)
-    if not points or len({point % PRIME for point in points}) != len(points):
-        raise MaskingError("There are no shares, or two of one holder.")
-    total = 0
-    for point, share in shares.items():
-        value = int.from_bytes(share, "little")
-        if len(share) != SHARE_BYTES or value >= PRIME:
-            raise MaskingError(f"The share of holder {point - 1} is not one.")
-        above, below = 1, 1
-        for other in points:
-            if other != point:
-                above *= other
-                below *= other - point
-        total += value * (above % PRIME) * pow(below % PRIME, -1, PRIME)
-    total %= PRIME
-    if total >> (8 * KEY_BYTES):
-        raise MaskingError("Shares do not belong together; a holder gave a wrong one.")
-    return total.to_bytes(KEY_BYTES, "little")
 
 
 def _context(purpose: str, session: str, *parties: int) -> bytes:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedrec.random import Key
 
 Shape = Sequence[int]
+_BLOCK = 16_384
 Uniforms = Callable[[int], NDArray[np.float64]]
 """Gives so many independent numbers in (0, 1], with 53 random bits each."""
 
@@ -49,7 +50,7 @@ class SecureNoise:
 
     def discrete_gaussian(self, sigma: float, shape: Shape) -> NDArray[np.int64]:
         """Return discrete Gaussian numbers."""
-        return discrete_gaussian(system_uniforms, sigma, shape)
+        return discrete_gaussian(KeyStream(os.urandom(32)), sigma, shape)
 
 
 class SeededNoise:
@@ -68,6 +69,21 @@ class SeededNoise:
     def discrete_gaussian(self, sigma: float, shape: Shape) -> NDArray[np.int64]:
         """Return discrete Gaussian numbers."""
         return discrete_gaussian(lambda n: 1.0 - self._generator.random(n), sigma, shape)
+
+
+class KeyStream:
+    """Uniform numbers in (0, 1] from the ChaCha20 stream of a key of 32 bytes that is used for nothing else."""
+
+    def __init__(self, key: bytes) -> None:
+        """Start the stream; each call goes on in it."""
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+
+        self._stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
+
+    def __call__(self, n: int) -> NDArray[np.float64]:
+        """Return the next n numbers."""
+        bits = np.frombuffer(self._stream.update(bytes(8 * n)), np.uint64)
+        return ((bits >> np.uint64(11)).astype(np.float64) + 1.0) * (1.0 / (1 << 53))
 
 
 class KeyedNoise:
@@ -99,12 +115,8 @@ def system_uniforms(n: int) -> NDArray[np.float64]:
 
 
 def keyed_uniforms(key: bytes, n: int) -> NDArray[np.float64]:
-    """Return n numbers in (0, 1] from the ChaCha20 stream of a key of 32 bytes that is used for nothing else."""
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-
-    stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
-    bits = np.frombuffer(stream.update(bytes(8 * n)), np.uint64)
-    return ((bits >> np.uint64(11)).astype(np.float64) + 1.0) * (1.0 / (1 << 53))
+    """Return the first n numbers of a `KeyStream`."""
+    return KeyStream(key)(n)
 
 
 def box_muller(uniforms: Uniforms, shape: Shape) -> NDArray[np.float64]:
@@ -141,7 +153,7 @@ def discrete_gaussian(uniforms: Uniforms, sigma: float, shape: Shape) -> NDArray
     found = np.empty(size, np.int64)
     done = 0
     while done < size:
-        n = int((size - done) * 1.6) + 64
+        n = min(_BLOCK, int((size - done) * 1.34) + 64)  # of four candidates three are kept
         u = uniforms(3 * n).reshape(3, n)
         # The difference of two geometric numbers is discrete Laplace of scale t.
         geometric = np.floor(np.log(u[:2]) * -t)

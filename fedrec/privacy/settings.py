@@ -26,8 +26,11 @@ class SecureSum(_Settings):
     minimum: int = Field(default=10, ge=LEAST_CLIENTS)
     """The server learns no sum of fewer clients."""
     survivors: float = Field(default=2 / 3, gt=0.5, le=1)
-    """Share of the clients that exchanged keys whose contributions must arrive, or the sum is never opened. Each adds
-    so much noise that this share suffices, so with nobody missing the noise's variance is too large by its inverse."""
+    """Share of the clients that advertised keys whose contributions must arrive, or the sum is never opened. Each adds
+    so much noise that this share suffices."""
+    remove_excess: bool = True
+    """Take noise off that turned out not to be needed because more contributions arrived than the fewest. Otherwise the
+    noise's variance is too large by up to the inverse of `survivors`, but nobody need believe how many arrived."""
     threshold: float = Field(default=0.5, ge=0.5, lt=1)
     """A secret is put together from more than this share of its holders; from half upwards, a server that tells some
     holders that a client is there and others that it is gone still cannot open it."""

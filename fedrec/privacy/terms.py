@@ -9,8 +9,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedrec.errors import MaskingError
-from fedrec.privacy.discrete import Grid, finest, noise_deviation
+from fedrec.privacy.discrete import ClientNoise, Grid, client_noise, finest
 from fedrec.privacy.settings import LEAST_CLIENTS, SecureSum
+from fedrec.privacy.shares import PRIME
 
 LIKELY_FAILURE, UNLIKELY = 1e-6, 2.0**-40
 """How often a session may fail for want of shares, and how often colluding clients may find the shares they need."""
@@ -31,7 +32,7 @@ class Terms(_Settings):
     """Round of the plan."""
     settings: SecureSum
     """How the sum is protected."""
-    n_asked: int = Field(ge=LEAST_CLIENTS)
+    n_asked: int = Field(ge=LEAST_CLIENTS, lt=PRIME)
     """How many clients are asked; more are never added up."""
     layout: tuple[tuple[str, tuple[int, ...]], ...]
     """Names and shapes of the contribution's tensors, sorted by name."""
@@ -59,21 +60,48 @@ class Terms(_Settings):
         """How often its least variance the sum's noise may have."""
         return 1 / (self.settings.survivors - self.settings.colluding)
 
-    def needed(self, n_sharing: int) -> int:
-        """Return of how many clients contributions must arrive, when so many exchanged keys."""
-        return max(self.settings.minimum, math.ceil(self.settings.survivors * n_sharing - 1e-9))
+    def needed(self, n_parties: int) -> int:
+        """Return of how many clients contributions must arrive, when so many advertised keys."""
+        return max(self.settings.minimum, math.ceil(self.settings.survivors * n_parties - 1e-9))
 
-    def honest(self, n_sharing: int) -> int:
+    def colluding(self, n_parties: int) -> int:
+        """Return of how many clients the noise is not counted, for they may tell it."""
+        return math.floor(self.settings.colluding * n_parties)
+
+    def honest(self, n_parties: int) -> int:
         """Return how many clients' noise is in every sum that is opened and known to nobody else."""
-        return self.needed(n_sharing) - math.floor(self.settings.colluding * n_sharing)
+        return self.needed(n_parties) - self.colluding(n_parties)
 
     def shares_needed(self, n_holders: int) -> int:
         """Return how many of so many holders it takes to put a secret together: always more than half."""
         return math.floor(self.settings.threshold * n_holders) + 1
 
-    def deviation(self, n_sharing: int) -> float:
-        """Return the parameter of each client's discrete Gaussian noise, in units."""
-        return noise_deviation(self.grid, self.noise_multiplier, self.honest(n_sharing))
+    def client_noise(self, n_parties: int) -> ClientNoise:
+        """Return the discrete Gaussian noise that each client adds."""
+        fewest = self.honest(n_parties)
+        most = n_parties - self.colluding(n_parties) if self.settings.remove_excess else fewest
+        return client_noise(self.grid, self.noise_multiplier, fewest, max(fewest, most))
+
+    def keepers(self, n_parties: int, n_arrived: int) -> int:
+        r"""Return how many of those whose contributions arrived must keep the extra part of their noise.
+
+        With M clients and m of the fewest, those that collude not counted, a + c of which arrived, of which c collude,
+        :math:`r = c + \lceil m (M - a) / (M - m) \rceil`: then `a` bases and `r - c` extra parts are the charged noise,
+        even if all that collude are among those who keep it. At most all who arrived; none where all arrived.
+        """
+        colluding, fewest = self.colluding(n_parties), self.honest(n_parties)
+        missing, range_ = n_parties - n_arrived, n_parties - colluding - fewest
+        if not self.settings.remove_excess or range_ == 0:
+            return n_arrived
+        return min(n_arrived, colluding - (-fewest * missing // range_)) if missing else 0
+
+    def noise_excess(self, n_parties: int, n_arrived: int) -> float:
+        """Return the variance of the noise in an opened sum over what was charged; that of all clients is counted."""
+        fewest = self.honest(n_parties)
+        if not self.settings.remove_excess:
+            return n_arrived / fewest
+        most, kept = max(fewest, n_parties - self.colluding(n_parties)), self.keepers(n_parties, n_arrived)
+        return n_arrived / most + kept * (1 / fewest - 1 / most)
 
     def check(self) -> None:
         """Refuse what cannot keep its promise.
@@ -90,7 +118,7 @@ class Terms(_Settings):
             raise MaskingError("A secure sum needs named tensors, sorted, each once.")
         if self.grid.reach(self.n_asked, self.noise_multiplier, self.excess) >= 2.0 ** (self.settings.ring_bits - 1):
             raise MaskingError(f"The sum of {self.n_asked:,} clients would leave a ring of its bits.")
-        self.deviation(self.n_asked)
+        self.client_noise(self.n_asked)
 
 
 def agree_on(

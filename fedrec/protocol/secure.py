@@ -15,16 +15,19 @@ from pydantic import ValidationError
 
 from fedrec.errors import MaskingError
 from fedrec.params import Array, Params
-from fedrec.privacy.masking import KEY_BYTES, NONCE_BYTES, SHARE_BYTES, TAG_BYTES, Ring
+from fedrec.privacy.masking import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Ring
+from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms
 from fedrec.protocol import wire
 
 ADVERT = 3 * KEY_BYTES
 """Bytes of an advertisement: a key for letters, a key for masks, the commitment to the party's seed."""
-SEALED = NONCE_BYTES + 2 * SHARE_BYTES + TAG_BYTES
-"""Bytes of a sealed letter: a share of the sender's seed and one of its mask key."""
-NOTHING, OF_SEED, OF_KEY = 0, 1, 2
-"""What a party gives of each neighbour's secrets: never both."""
+LETTER = 3 * SHARE_BYTES
+"""Bytes of a letter: shares of the sender's root, seed and mask key, of `OF_ROOT`, `OF_SEED` and `OF_KEY`."""
+SEALED = NONCE_BYTES + LETTER + TAG_BYTES
+NOTHING, OF_ROOT, OF_SEED, OF_KEY = range(4)
+"""What a party gives of each neighbour's secrets, never more than one: of the key if the contribution did not arrive;
+of the root, from which the seed follows, if the extra part of the noise comes off; else of the seed."""
 
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -136,7 +139,10 @@ class ShareReply(_Document):
 
 @dataclass(frozen=True)
 class MaskRequest(_Document):
-    """Hands out the letters of those neighbours that are `present`, and asks for masked contributions to the plan."""
+    """Hands out the letters of those neighbours that are `present`, and asks for masked contributions to the plan.
+
+    Rows between parties of one node are zeros: their letters never leave it.
+    """
 
     KIND = "secure-mask-request"
     SHAPES: ClassVar[Shaped] = {
@@ -145,7 +151,6 @@ class MaskRequest(_Document):
         "letters": ("uint8", ("m", "k", SEALED)),
         "plan": ("uint8", ("p",)),
     }
-    n_sharing: int
     parties: Ints
     present: Flags
     letters: Bytes
@@ -164,18 +169,17 @@ class MaskReply(_Document):
 
 @dataclass(frozen=True)
 class UnmaskRequest(_Document):
-    """Tells which neighbours' contributions arrived, and asks for shares: of a seed where one did, else of a key."""
+    """Tells whose contributions arrived, by number, and asks for shares of their and the others' secrets."""
 
     KIND = "secure-unmask-request"
-    SHAPES: ClassVar[Shaped] = {"parties": ("int64", ("m",)), "arrived": ("bool", ("m", "k"))}
-    n_arrived: int
+    SHAPES: ClassVar[Shaped] = {"parties": ("int64", ("m",)), "arrived": ("bool", ("n",))}
     parties: Ints
     arrived: Flags
 
 
 @dataclass(frozen=True)
 class UnmaskReply(_Document):
-    """Shares of each party's neighbours' secrets, and in the last place one of its own seed (h = k + 1)."""
+    """Shares of each party's neighbours' secrets, and in the last place one of its own (h = k + 1)."""
 
     KIND = "secure-unmask"
     SHAPES: ClassVar[Shaped] = {
@@ -186,6 +190,21 @@ class UnmaskReply(_Document):
     parties: Ints
     kinds: Bytes
     shares: Bytes
+
+
+def kinds_of(terms: Terms, n_parties: int, arrived: Flags) -> Bytes:
+    """Return [n] what is told of each client's secrets.
+
+    Of those who arrived the first `Terms.keepers` in the order of their numbers keep the extra part of their noise. So
+    whoever keeps it when all who arrived are told of, keeps it when fewer are: leaving some out takes no noise off.
+
+    Args:
+        terms: what was agreed on.
+        n_parties: how many advertised keys.
+        arrived: [n] whose contributions are in the sum.
+    """
+    kept = np.cumsum(arrived) - arrived < terms.keepers(n_parties, int(arrived.sum()))
+    return np.where(arrived, np.where(kept, OF_SEED, OF_ROOT), OF_KEY).astype(np.uint8)
 
 
 def layout_of(shapes: dict[str, tuple[int, ...]]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from fedrec.errors import FedrecError, TallyRefused
 from fedrec.privacy.ledger import Charge
-from fedrec.privacy.masking import SHARE_BYTES
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import SecureSum
+from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms, agree_on
 from fedrec.protocol.link import Link, Verb
 from fedrec.protocol.secure import (
@@ -43,14 +43,14 @@ class SecureGathered(Gathered):
     """What a secure sum brought in: `sums` carry the clients' noise, and `stats` are empty.
 
     Attributes:
-        n_sharing: how many clients exchanged keys; of `n_clients` the contribution arrived.
+        n_parties: how many clients advertised keys; of `n_clients` the contribution arrived.
         neighbours: with how many others each exchanged keys.
-        noise_excess: variance of the noise in the sum over the least that was charged.
+        noise_excess: variance of the noise in the sum over what was charged.
         resolution: the unit to which contributions were rounded.
         upload_per_client: bytes that a client sends which is alone on its node, over all four answers.
     """
 
-    n_sharing: int
+    n_parties: int
     neighbours: int
     noise_excess: float
     resolution: float
@@ -103,13 +103,13 @@ def secure_gather(
     talk.phase("mask", server.mask_requests(ask.plan_for), lambda n, d: server.masked(n, MaskReply.from_bytes(d)))
     talk.phase("unmask", server.unmask_requests(), lambda n, d: server.unmasked(n, UnmaskReply.from_bytes(d)))
     found = unflatten(terms, terms.grid.decode(server.result()))
-    k, n_sharing = len(next(iter(server.neighbours.values()))), len(server.sharing)
+    k = len(next(iter(server.neighbours.values())))
     return SecureGathered(
         {name: found[name].astype(dtype) for name, (_, dtype) in sorted(ask.shapes.items())},
         len(server.arrived), {}, len(places), tuple(talk.refused), talk.bytes_down, talk.bytes_up,
-        n_sharing=n_sharing,
+        n_parties=server.n_parties,
         neighbours=k,
-        noise_excess=len(server.arrived) / terms.honest(n_sharing),
+        noise_excess=terms.noise_excess(server.n_parties, len(server.arrived)),
         resolution=2.0**-terms.exponent,
         upload_per_client=upload_bytes(terms, k),
     )  # fmt: skip

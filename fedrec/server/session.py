@@ -13,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec.errors import MaskingError
-from fedrec.privacy.masking import KEY_BYTES, KeyPair, Ring, add_mask, commitment, derive, join
+from fedrec.privacy.discrete import extra_noise
+from fedrec.privacy.masking import KEY_BYTES, KeyPair, Ring, add_mask, commitment, derive, noise_key, seed_of
+from fedrec.privacy.shares import join
 from fedrec.privacy.terms import Terms, degree, ring_neighbours
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import (
     ADVERT,
     NOTHING,
-    OF_KEY,
-    OF_SEED,
+    OF_ROOT,
     SEALED,
     AdvertiseReply,
     AdvertiseRequest,
@@ -32,6 +33,7 @@ from fedrec.protocol.secure import (
     ShareRequest,
     UnmaskReply,
     UnmaskRequest,
+    kinds_of,
 )
 
 
@@ -69,12 +71,13 @@ class SecureSumServer:
         self._letters: dict[int, Bytes] = {}
         self.arrived: set[int] = set()
         self._total: Ring = np.zeros(terms.n_values, terms.grid.dtype)
+        self._kinds: Bytes = np.zeros(0, np.uint8)
         self._shares: dict[int, dict[int, bytes]] = {}
 
     @property
-    def sharing(self) -> set[int]:
-        """Who exchanged keys."""
-        return set(self._letters)
+    def n_parties(self) -> int:
+        """How many advertised keys."""
+        return len(self._adverts)
 
     def advertise_requests(self) -> dict[int, AdvertiseRequest]:
         """Return what to ask each node first: for its clients' keys."""
@@ -151,9 +154,7 @@ class SecureSumServer:
                 ]
             )
             plan = plan_for(_ints(self.slots[int(n)] for n in own)).to_bytes()
-            found[node] = MaskRequest(
-                self.terms.session, len(self._letters), own, present, letters, np.frombuffer(plan, np.uint8)
-            )
+            found[node] = MaskRequest(self.terms.session, own, present, letters, np.frombuffer(plan, np.uint8))
         return found
 
     def masked(self, node: int, reply: MaskReply) -> None:
@@ -180,12 +181,13 @@ class SecureSumServer:
             MaskingError: too few contributions arrived, so there is too little noise or nobody to hide among.
         """
         self._close(3)
-        self._require(len(self.arrived), self.terms.needed(len(self._letters)), "contributed")
-        found = {}
-        for node, own in self._by_node(self.arrived).items():
-            arrived = np.array([[other in self.arrived for other in self.neighbours[int(n)]] for n in own], np.bool_)
-            found[node] = UnmaskRequest(self.terms.session, len(self.arrived), own, arrived)
-        return found
+        self._require(len(self.arrived), self.terms.needed(self.n_parties), "contributed")
+        arrived = np.zeros(self.terms.n_asked, np.bool_)
+        arrived[list(self.arrived)] = True
+        self._kinds = kinds_of(self.terms, self.n_parties, arrived)
+        return {
+            node: UnmaskRequest(self.terms.session, own, arrived) for node, own in self._by_node(self.arrived).items()
+        }
 
     def unmasked(self, node: int, reply: UnmaskReply) -> None:
         """Take a node's shares.
@@ -197,7 +199,7 @@ class SecureSumServer:
         if not set(numbers) <= self.arrived:
             raise MaskingError("it gives shares of clients whose contributions did not arrive")
         for number, kinds in zip(numbers, reply.kinds, strict=True):
-            wanted = [self._kind(other) for other in self.neighbours[number]] + [OF_SEED]
+            wanted = [self._kind(other) for other in (*self.neighbours[number], number)]
             if kinds.tolist() != wanted:
                 raise MaskingError("it gives other shares than were asked for")
         for number, shares in zip(numbers, reply.shares, strict=True):
@@ -214,7 +216,9 @@ class SecureSumServer:
         self._close(4)
         session = self.terms.session
         # All secrets are put together and checked before the first mask comes off.
-        seeds = {number: self._joined(number) for number in sorted(self.arrived)}
+        secrets = {number: self._joined(number) for number in sorted(self.arrived)}
+        roots = {number: secret for number, secret in secrets.items() if self._kinds[number] == OF_ROOT}
+        seeds = secrets | {number: seed_of(root, session, number) for number, root in roots.items()}
         for number, seed in seeds.items():
             if commitment(session, number, seed) != self._adverts[number][2 * KEY_BYTES :]:
                 raise MaskingError(
@@ -228,6 +232,10 @@ class SecureSumServer:
                 )
         for number, seed in seeds.items():
             add_mask(self._total, derive(seed, "own mask", session, number), -1)
+        extra = self.terms.client_noise(self.n_parties).extra
+        for number, root in roots.items():
+            noise = extra_noise(noise_key(root, session, number), extra, self.terms.n_values)
+            self._total -= self.terms.grid.to_ring(noise)
         for number, pair in keys.items():
             for other in self.neighbours[number]:
                 if other in self.arrived:
@@ -237,9 +245,7 @@ class SecureSumServer:
         return self.terms.grid.from_ring(self._total)
 
     def _kind(self, other: int) -> int:
-        if other in self.arrived:
-            return OF_SEED
-        return OF_KEY if other in self._letters else NOTHING
+        return int(self._kinds[other]) if other in self._letters else NOTHING
 
     def _gone(self) -> set[int]:
         """Return who exchanged keys and then fell silent, but still hides in masks of others."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,57 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrec.errors import MaskingError
-from fedrec.privacy.discrete import Grid, effective_multiplier, finest, noise_deviation
-from fedrec.privacy.masking import PRIME, KeyPair, add_mask, derive, join, keystream, seal, split, unseal
+from fedrec.privacy.discrete import Grid, client_noise, effective_multiplier, finest
+from fedrec.privacy.masking import KeyPair, add_mask, derive, keystream, seal, unseal
 from fedrec.privacy.settings import SecureSum
-from fedrec.privacy.terms import ring_neighbours
+from fedrec.privacy.terms import agree_on, ring_neighbours
 from fedrec.random import Key
-
-
-@given(
-    secret=st.binary(min_size=32, max_size=32),
-    points=st.sets(st.integers(1, 10**6), min_size=1, max_size=8),
-    data=st.data(),
-)
-@settings(max_examples=50, deadline=None)
-def test_any_threshold_of_shares_gives_the_secret_back(secret: bytes, points: set[int], data: st.DataObject) -> None:
-    order = sorted(points)
-    threshold = data.draw(st.integers(1, len(order)))
-    shares = dict(zip(order, split(secret, order, threshold), strict=True))
-    for chosen in list(combinations(order, threshold))[:20]:
-        assert join({point: shares[point] for point in chosen}) == secret
-
-
-def test_one_share_less_fits_every_secret() -> None:
-    """For t - 1 shares and any secret there is a polynomial through both: the shares exclude nothing."""
-    secret, points = os.urandom(32), [2, 3, 5]
-    known = dict(zip(points, split(secret, points, 3), strict=True))
-    for other in (secret, bytes(32), os.urandom(32)):
-        # Lagrange through (0, other), (2, .), (3, .) gives the third share that would make `other` the secret.
-        xs, ys = [0, 2, 3], [int.from_bytes(other, "little"), *(int.from_bytes(known[x], "little") for x in (2, 3))]
-        third = 0
-        for x, y in zip(xs, ys, strict=True):
-            above, below = math.prod(5 - o for o in xs if o != x), math.prod(x - o for o in xs if o != x)
-            third += y * above * pow(below, -1, PRIME)
-        made = {2: known[2], 3: known[3], 5: (third % PRIME).to_bytes(33, "little")}
-        assert join(made) == other
-        assert (made[5] == known[5]) == (other == secret)
-
-
-def test_a_share_alone_is_uniform() -> None:
-    from scipy.stats import chisquare
-
-    first = [split(bytes(32), [1, 2], 2)[0][30] for _ in range(4096)]
-    assert chisquare(np.bincount(np.array(first) >> 4, minlength=16)).pvalue > 1e-6
-
-
-def test_impossible_shares_are_refused() -> None:
-    for points, threshold in [([1, 1], 1), ([0, 1], 1), ([1, 2], 3), ([], 1)]:
-        with pytest.raises(MaskingError):
-            split(bytes(32), points, threshold)
-    for shares in ({}, {1: bytes(32)}, {1: b"\xff" * 33}, {1: (PRIME - 1).to_bytes(33, "little")}):
-        with pytest.raises(MaskingError):
-            join(shares)
 
 
 def test_two_agree_and_their_masks_cancel() -> None:
@@ -146,29 +99,61 @@ def test_the_ring_holds_signed_numbers_and_never_overflows(bits: int) -> None:
 def test_rounding_costs_next_to_nothing_and_too_coarse_a_grid_is_refused() -> None:
     grid = finest(Grid(1.0, 135_034, 0, 32), 6_040, 1.0, 1.5)
     assert grid.sensitivity / 2.0**grid.exponent < 1.0001
-    deviation = noise_deviation(grid, 1.0, 4_000)
-    assert effective_multiplier(grid.sensitivity, deviation, 4_000, grid.n_values) >= 1.0
+    noise = client_noise(grid, 1.0, 4_000, 6_040)
+    for total in (4_000 * (noise.base**2 + noise.extra**2), 6_040 * noise.base**2):
+        assert math.sqrt(total) == pytest.approx(grid.sensitivity, rel=1e-9)
+        part = min(noise.base, noise.extra)
+        assert effective_multiplier(grid.sensitivity, math.sqrt(total), part, 12_080, grid.n_values) >= 1.0 - 1e-12
     with pytest.raises(MaskingError, match="coarse"):
-        noise_deviation(Grid(1.0, 10, 0, 32), 1.0, 4_000)
+        client_noise(Grid(1.0, 10, 0, 32), 1.0, 4_000, 6_040)
 
 
 def test_a_sum_of_discrete_gaussians_is_as_private_as_is_claimed() -> None:
     """Renyi divergence of the exact convolution between shifted sums, against the bound, in one dimension."""
-    for s, n, shift, alpha in [(0.7, 3, 1, 2), (1.0, 4, 2, 3), (0.6, 8, 3, 2)]:
-        x = np.arange(-200, 201)
-        one = np.exp(-(x.astype(float) ** 2) / (2 * s * s))
-        one /= one.sum()
+    x = np.arange(-200, 201)
+    for parts, shift, alpha in [
+        ([0.7] * 3, 1, 2), ([1.0] * 4, 2, 3), ([0.6] * 8, 3, 2), ([0.5] * 3 + [0.9] * 2, 2, 3), ([2.0, 0.5, 0.5], 1, 4),
+    ]:  # fmt: skip
         total = np.ones(1)
-        for _ in range(n):
-            total = np.convolve(total, one)
+        for s in parts:
+            one = np.exp(-(x.astype(float) ** 2) / (2 * s * s))
+            total = np.convolve(total, one / one.sum())
         p, q = total[shift:], total[:-shift]
         kept = (p > 1e-200) & (q > 1e-200)
         divergence = math.log(float((np.exp(alpha * np.log(p[kept]) + (1 - alpha) * np.log(q[kept]))).sum())) / (
             alpha - 1
         )
-        z = effective_multiplier(shift, s, n, 1)
+        z = effective_multiplier(shift, math.sqrt(sum(s * s for s in parts)), min(parts), len(parts), 1)
         assert divergence <= alpha / (2 * z * z) * (1 + 1e-9)
-    assert effective_multiplier(1.0, 0.4, 5, 1) == 0.0
+    assert effective_multiplier(1.0, 1.0, 0.4, 5, 1) == 0.0
+
+
+@pytest.mark.parametrize(("n", "colluding"), [(12, 0.0), (30, 0.1), (943, 0.0), (943, 0.05)])
+def test_noise_is_never_below_the_charge_and_hardly_above_it_whoever_stays(n: int, colluding: float) -> None:
+    chosen = SecureSum(minimum=5, colluding=colluding)
+    terms = agree_on("0" * 32, 0, 0, chosen, n, (("x", (9,)),), 1.0, 1.0, "system")
+    noise, told = terms.client_noise(n), terms.colluding(n)
+    charged = terms.grid.sensitivity**2
+    for arrived in range(terms.needed(n), n + 1):
+        kept = terms.keepers(n, arrived)
+        assert kept <= arrived
+        # At worst all that collude are among those who keep the extra part, so that it counts least.
+        honest = (arrived - told) * noise.base**2 + max(0, kept - told) * noise.extra**2
+        assert honest >= charged * (1 - 1e-9)
+        assert honest - charged <= noise.extra**2 * (1 + 1e-9)
+        assert terms.noise_excess(n, arrived) * charged == pytest.approx(
+            arrived * noise.base**2 + kept * noise.extra**2, rel=1e-6
+        )
+    assert terms.keepers(n, n) == 0
+    assert terms.keepers(n, terms.needed(n)) == terms.needed(n)
+
+
+def test_without_removal_everybody_adds_noise_for_the_fewest() -> None:
+    chosen = SecureSum(minimum=5, remove_excess=False)
+    terms = agree_on("0" * 32, 0, 0, chosen, 30, (("x", (9,)),), 1.0, 1.0, "system")
+    assert terms.client_noise(30).extra == 0.0
+    assert 20 * terms.client_noise(30).base ** 2 == pytest.approx(terms.grid.sensitivity**2)
+    assert [terms.noise_excess(30, n) for n in (20, 30)] == [1.0, 1.5]
 
 
 def test_neighbours_know_each_other() -> None:

@@ -13,10 +13,12 @@ from fedrec.client.party import DONE, MASKED, Party
 from fedrec.client.secure import SecureNode
 from fedrec.errors import MaskingError
 from fedrec.privacy.settings import SecureSum
+from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import agree_on, degree
 from fedrec.protocol.link import Verb
 from fedrec.protocol.secure import (
     OF_KEY,
+    OF_ROOT,
     OF_SEED,
     AdvertiseReply,
     AdvertiseRequest,
@@ -140,33 +142,40 @@ def parties(n: int, settings: SecureSum | None = None) -> list[Party]:
     found = [Party(terms, number, number) for number in range(n)]
     adverts = np.stack([party.advert() for party in found])
     others = [np.delete(np.arange(n), number) for number in range(n)]
-    letters = {own.number: own.share(n, others[own.number], adverts[others[own.number]]) for own in found}
+    letters = {own.number: own.share(n, others[own.number], adverts[others[own.number]])[0] for own in found}
     for own in found:
         inbox = np.stack([letters[o][own.number - (own.number > o)] for o in others[own.number].tolist()])
-        own.receive(n, np.ones(n - 1, np.bool_), inbox)
+        own.receive(np.ones(n - 1, np.bool_), inbox)
         own.mask(np.zeros(40, np.uint32), np.zeros(40, np.int64))
     return found
 
 
 def test_a_client_gives_one_share_of_each_neighbour_once() -> None:
     party = parties(10)[0]
-    arrived = np.array([False] * 3 + [True] * 6)
-    kinds, shares = party.unmask(10, 7, arrived)
-    assert kinds.tolist() == [OF_KEY] * 3 + [OF_SEED] * 7
-    assert shares.shape == (10, 33)
+    # Of the 8 that arrived the first r keep: with 7 of 10 needed and two missing, r = ceil(7 x 2 / 3).
+    arrived = np.array([True, False, False] + [True] * 7)
+    kinds, shares = party.unmask(arrived)
+    assert kinds.tolist() == [OF_KEY] * 2 + [OF_SEED] * 4 + [OF_ROOT] * 3 + [OF_SEED]
+    assert shares.shape == (10, SHARE_BYTES)
     assert party.phase == DONE
     assert not party.received.any()
     with pytest.raises(MaskingError, match="out of turn or twice"):
-        party.unmask(10, 7, ~arrived)
+        party.unmask(arrived)
 
 
 @pytest.mark.parametrize(
-    ("n_arrived", "silent"), [(6, 4), (10, 8), (11, 0), (2, 0)], ids=["few", "keys of most", "more", "a lie"]
+    ("arrived", "words"),
+    [
+        ([1] * 6 + [0] * 4, "6 contributions arrived where 7 of 10"),
+        ([0] + [1] * 9, "other clients than it asked"),
+        ([1] * 11, "other clients than it asked"),
+    ],
+    ids=["few", "not the client's own", "more"],
 )
-def test_a_client_tells_nothing_to_a_server_that_asks_for_too_much(n_arrived: int, silent: int) -> None:
+def test_a_client_tells_nothing_to_a_server_that_asks_for_too_much(arrived: list[int], words: str) -> None:
     party = parties(10)[0]
-    with pytest.raises(MaskingError):
-        party.unmask(10, n_arrived, np.arange(9) >= silent)
+    with pytest.raises(MaskingError, match=words):
+        party.unmask(np.array(arrived, np.bool_))
     assert party.phase == MASKED
 
 
@@ -256,4 +265,4 @@ def test_unmask_requests_name_only_what_arrived() -> None:
 
     gathered(SecureLink([1] * 10, [("mask", 103)], asked=asked))
     assert len(seen) == 9
-    assert all(int((~request.arrived).sum()) == 1 and request.n_arrived == 9 for request in seen)
+    assert all(int((~request.arrived).sum()) == 1 and len(request.arrived) == 10 for request in seen)
