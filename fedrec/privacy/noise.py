@@ -154,12 +154,14 @@ def discrete_gaussian(uniforms: Uniforms, sigma: float, shape: Shape) -> NDArray
     done = 0
     while done < size:
         n = min(_BLOCK, int((size - done) * 1.34) + 64)  # of four candidates three are kept
-        u = uniforms(3 * n).reshape(3, n)
-        # The difference of two geometric numbers is discrete Laplace of scale t.
-        geometric = np.floor(np.log(u[:2]) * -t)
-        candidate = geometric[0] - geometric[1]
-        bias = (np.abs(candidate) - sigma**2 / t) ** 2 / (2.0 * sigma**2)
-        kept = candidate[u[2] <= np.exp(-bias)][: size - done]
+        u = uniforms(2 * n).reshape(2, n)
+        # A geometric number with a random sign is discrete Laplace of scale t, if one of the two zeros is left out.
+        size_of = np.floor(np.log(u[0]) * -t)
+        negative = u[1] > 0.5
+        chance = 2.0 * u[1] - negative
+        bias = (size_of - sigma**2 / t) ** 2 / (2.0 * sigma**2)
+        wanted = (chance <= np.exp(-bias)) & ~(negative & (size_of == 0))
+        kept = np.where(negative, -size_of, size_of)[wanted][: size - done]
         found[done : done + len(kept)] = kept.astype(np.int64)
         done += len(kept)
     return found.reshape(tuple(shape))
