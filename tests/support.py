@@ -164,7 +164,7 @@ class PoolLink:
             request = CensusRequest.from_bytes(document)
             return Census(node=pool.name, n_clients=pool.census(request.window, request.catalog_digest)).to_bytes()
         self.plans.append(RoundPlan.from_bytes(document))
-        return pool.run(self.plans[-1]).to_bytes()
+        return pool.run(self.plans[-1]).to_bytes(self.plans[-1].coding)
 
 
 def simulated(

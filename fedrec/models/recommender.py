@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedrec.data.batches import Batch, BatchSpec, Histories
+from fedrec.data.batches import START, Batch, BatchSpec, Histories
 from fedrec.errors import FedrecError
 from fedrec.models.configs import AnyModelConfig
 from fedrec.params import Array, Params
@@ -57,6 +57,25 @@ class Recommender(nn.Module, ABC):
         self, users: Float[Tensor, "b d"], items: Int[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b n"] | Float[Tensor, "b k"]:
         """Return each person's score of the given items, or of the whole catalogue."""
+
+    def states(self, items: Int[Tensor, "b l"], places: Int[Tensor, "b p"]) -> Float[Tensor, "b p d"]:
+        """Return the user vectors of histories without gaps as they were before some of their places.
+
+        Args:
+            items: b histories of l items each, oldest first.
+            places: how many of the oldest items each vector knows, 0 to l.
+        """
+        b, p = places.shape
+        lead = 1 if self.spec.kind == "causal" else 0
+        led = torch.cat([items.new_full((b, 1), START), items], 1) if lead else items
+        end = places.reshape(-1, 1) + lead
+        start = (end - self.spec.length).clamp(min=0)
+        place = start + torch.arange(max(1, int((end - start).max())))
+        known = place < end
+        if led.shape[1] == 0:
+            led = items.new_zeros(b, 1)
+        taken = led.repeat_interleave(p, 0).gather(1, torch.where(known, place, 0))
+        return self.encode(torch.where(known, taken, 0), known).view(b, p, -1)
 
     def score_into(self, users: Float[Tensor, "b d"], out: Float[Tensor, "b n"]) -> None:
         """Write each person's scores of the whole catalogue into `out`; a single product can save the copy."""

@@ -121,6 +121,13 @@ class Transformer(Recommender):
         newest = mask.sum(-1).clamp(min=1) - 1
         return self.hidden(items)[torch.arange(len(items)), newest]
 
+    def states(self, items: Int[Tensor, "b l"], places: Int[Tensor, "b p"]) -> Float[Tensor, "b p d"]:
+        """Return the states after some places, all in one pass where the histories fit into the model."""
+        if items.shape[1] >= self.config.length:
+            return super().states(items, places)
+        out = self.hidden(F.pad(items, (1, 0), value=START))
+        return out.gather(1, places[..., None].expand(-1, -1, out.shape[-1]))
+
     def score(
         self, users: Float[Tensor, "b d"], items: Int[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b n"] | Float[Tensor, "b k"]:

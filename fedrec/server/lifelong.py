@@ -46,6 +46,7 @@ from fedrec.server.release import Release
 from fedrec.server.round import Recipe, run_round, take_census
 from fedrec.server.spectral import added, grown_statistic, projected, spectral_params
 from fedrec.server.state import ServerState
+from fedrec.server.teach import prior_config, taught
 
 PRIVACY = {
     "statement": "Not private: no noise is added. Clients send the exact sums of their updates, counts and metrics.",
@@ -117,6 +118,8 @@ def run_stream(
     for time_slice in slices[state.slice :]:
         desk.due(time_slice)
         state = _learn(state, link, time_slice, recipe, desk)
+        if recipe.experiment.training.distil is not None:
+            state = taught(state, time_slice, recipe, desk.registry, desk.checkpoint)
         desk.observe(Event("evaluate", {"slice": time_slice.index}))
         began = recipe.clock()
         if isinstance(recipe.experiment.model, BlendConfig):
@@ -181,6 +184,7 @@ def _begin(
         counts={"counts": total},
         counted=time_slice.index + 1,
         round=0,
+        lesson={},
         overhead={
             "seconds": round(recipe.clock() - began, 4),
             "bytes_down": spent.bytes_down,
@@ -236,11 +240,12 @@ def _statistic(
     if isinstance(model, SpectralConfig) and total:
         params = spectral_params(total, model, features, n_items)
     prior: Params = {}
-    if isinstance(model, BlendConfig):
+    wanted = prior_config(recipe.experiment)
+    if wanted is not None:
         empty = {"counts": np.zeros(n_items, np.float32)}
-        prior = spectral_params(total or empty, model.prior, features, n_items)
-        if not state.params and model.start == "prior":
-            params = started(prior, params, model)
+        prior = spectral_params(total or empty, wanted, features, n_items)
+    if isinstance(model, BlendConfig) and not state.params and model.start == "prior":
+        params = started(prior, params, model)
     return total, prior, params, got
 
 
@@ -315,6 +320,7 @@ def _publish(
         experiment_digest=experiment.digest(),
         metrics=verdict["rows"],
         privacy=privacy(experiment, recipe.guard),
+        lesson=dict(state.lesson) or None,
         promote=promoted,
     )
     own = [record for record in state.rounds if record["slice"] == time_slice.index]
@@ -335,6 +341,7 @@ def _publish(
         "bytes_up": sum(r["bytes_up"] for r in own),
         "client_bytes": named.n_bytes(params),
         "adoption": dict(state.adoption) or None,
+        "lesson": dict(state.lesson) or None,
         "overhead": {name: spent + verdict[name] for name, spent in state.overhead.items()},
         "refused": verdict["refused"],
         "epsilon": _spent(recipe),

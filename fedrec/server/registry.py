@@ -100,6 +100,7 @@ class Registry:
         experiment_digest: str,
         metrics: Mapping[str, Any],
         privacy: Mapping[str, Any],
+        lesson: Mapping[str, Any] | None = None,
         promote: bool = True,
     ) -> Release:
         """Write a release and make it current, once per ``(run, slice)``.
@@ -118,6 +119,7 @@ class Registry:
             experiment_digest: its digest.
             metrics: what was measured; numbers that are not finite are written as null.
             privacy: what was spent.
+            lesson: who taught it, if anybody did.
             promote: whether it becomes the current release.
 
         Raises:
@@ -142,6 +144,7 @@ class Registry:
                 experiment_digest=experiment_digest,
                 metrics=dict(metrics),
                 privacy=dict(privacy),
+                lesson=None if lesson is None else dict(lesson),
                 sha256=_sha256(weights),
                 params_digest=digest(params),
             )

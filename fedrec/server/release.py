@@ -57,6 +57,8 @@ class Manifest(BaseModel):
     """What was measured, by recommender, group of people and metric."""
     privacy: Document
     """What the release cost: the guarantee and its unit."""
+    lesson: Document | None = None
+    """Who taught it after the rounds, on what, and at what cost; None if nobody did."""
     sha256: str
     """SHA-256 of the bytes of ``model.safetensors``."""
     params_digest: str

@@ -14,7 +14,7 @@ from fedrec.errors import RunError
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
-_TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor", "prior")
+_TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor", "prior", "study")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class ServerState:
         statistic: the co-occurrence statistic of the slices so far, with its noise; empty if the experiment wants none.
         anchor: the parameters that the slice began with, if training holds on to them; empty in the first slice.
         prior: parameters of a blend's spectral part, made from `statistic`.
+        study: while the slice is distilled: "fitted:" parameters as the rounds left them, "memory:" of the optimizer.
+        lesson: how far the slice is distilled, from whom; empty before.
         adoption: how far a blend's fitted part was adopted in this slice, and what was tried.
         clip_norm: of the next round, where it is learnt; None where it is fixed.
         overhead: what counting and evaluating cost in this slice: "seconds", "bytes_down", "bytes_up".
@@ -58,7 +60,9 @@ class ServerState:
     statistic: Params = field(default_factory=dict)
     anchor: Params = field(default_factory=dict)
     prior: Params = field(default_factory=dict)
+    study: Params = field(default_factory=dict)
     adoption: Mapping[str, Any] = field(default_factory=dict)
+    lesson: Mapping[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None
     overhead: Mapping[str, float] = field(default_factory=dict)
     parent: int | None = None

@@ -345,3 +345,13 @@ def test_scores_written_into_memory_are_the_scores(model: Recommender, batch: Ba
     out = torch.full((len(users), N_ITEMS), float("nan"))
     model.score_into(users, out)
     close(out, model.score(users))
+
+
+def test_states_at_places_score_as_the_histories_up_to_them(model: Recommender) -> None:
+    for length in (9, model.spec.length + 3):  # one that fits into the model, and one that does not
+        items = (np.arange(2)[:, None] * 7 + np.arange(length) * 3) % N_ITEMS
+        places = np.array([[0, 3, length], [length, 1, length - 1]])
+        with torch.no_grad():
+            found = model.score(model.states(torch.from_numpy(items), torch.from_numpy(places)).flatten(0, 1))
+        lists = [row[:place].tolist() for row, own in zip(items, places, strict=True) for place in own]
+        close(found, torch.from_numpy(score_all(model, histories_of(lists, model.spec))))

@@ -18,6 +18,13 @@ import pytest
 from tests.support import FEDREC, environment, fedrec, release_files, small_project, without_clock
 
 SHORT: dict[str, Any] = {"training__base__rounds": 3, "training__later__rounds": 2, "split__later": 1}
+TAUGHT: dict[str, Any] = {
+    "training__statistics": {"item_share": 0.9, "feature_share": 0.0, "count_share": 0.1},
+    "training__distil": {
+        "steps": 5, "batch": 4, "places": 2, "prior": {"item_rank": 4, "feature_rank": 0, "length": 8},
+        "transfer": {"histories": 8, "length": 6},
+    },
+}  # fmt: skip
 LONG: dict[str, Any] = {"training__base__rounds": 150, "training__later__rounds": 60, "runtime__checkpoint_every": 7}
 
 # A process that imports once and then runs `fedrec` again and again in forks. With a number n it is killed before its
@@ -141,7 +148,7 @@ def test_killed_while_publishing(tmp_path: Path, long: tuple[Path, float, tuple[
 
 @pytest.fixture
 def forks(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    toml = small_project(tmp_path, **SHORT)
+    toml = small_project(tmp_path, **SHORT | TAUGHT)
     process = subprocess.Popen(
         [sys.executable, "-c", DYING, str(toml)],
         env=environment(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -171,8 +178,9 @@ def test_killed_before_each_file_is_put_in_its_place(forks: tuple[subprocess.Pop
         assert left == [], n
         n += 1
     assert status == "0"
-    # 5 checkpoints, 2 releases of catalogue, model, manifest and folder, and the 2 files of the report
-    assert n > 14
+    # 5 checkpoints and 3 more while each release is taught, 2 releases of catalogue, model, manifest and folder, and
+    # the 2 files of the report
+    assert n > 20
 
 
 def test_resume_refuses_another_experiment_and_a_damaged_checkpoint_and_then_goes_on(tmp_path: Path) -> None:

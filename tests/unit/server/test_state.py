@@ -15,7 +15,7 @@ from fedrec.server.files import load_checkpoint, save_checkpoint
 from fedrec.server.state import ServerState
 from tests.support import same_bytes, small_experiment
 
-TENSORS = ("params", "average", "memory", "counts")
+TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor", "prior", "study")
 
 
 def full_state() -> ServerState:
@@ -34,6 +34,8 @@ def full_state() -> ServerState:
             "item/exp_avg": random.normal(size=(4, 3)).astype(np.float32),
         },
         counts={"counts": np.arange(4, dtype=np.float32)},
+        study={"fitted:item": random.normal(size=(4, 3)).astype(np.float32)},
+        lesson={"step": 3, "loss": [0.5], "teachers": {"fitted": {"weight": 1.0}}},
         parent=2,
         rounds=({"round": 16, "loss": 0.1 + 0.2, "refused": [{"node": "n", "reason": "r"}]},),
         releases=({"version": 2, "rows": {"release": {}}},),

@@ -1,0 +1,54 @@
+"""Settings of distillation on the server, without torch, so that an experiment can be read anywhere."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedrec.models.configs import SpectralConfig
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class TransferConfig(_Settings):
+    """The synthetic histories: how many are drawn from what, in proportion to these weights."""
+
+    histories: int = Field(default=512, ge=1)
+    """How many, drawn anew in each slice."""
+    length: int | None = Field(default=None, ge=2)
+    """How many items each has; None: as many as the student sees."""
+    statistic: float = Field(default=1.0, ge=0)
+    """Weight of the spectral model of the statistic as a source."""
+    fitted: float = Field(default=1.0, ge=0)
+    """Weight of the model that the rounds fitted."""
+    previous: float = Field(default=0.0, ge=0)
+    """Weight of the previous release."""
+    popularity: float = Field(default=0.0, ge=0)
+    """Weight of histories without any taste, item by item by popularity."""
+
+
+class DistilConfig(_Settings):
+    """After the rounds of a slice, teach the fitted model on synthetic histories; no client takes part."""
+
+    steps: int = Field(default=200, ge=1)
+    """How many steps the student takes in each slice."""
+    batch: int = Field(default=32, ge=1)
+    """How many histories a step looks at."""
+    places: int = Field(default=16, ge=1)
+    """At how many random places of each the student is asked for what comes next."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of Adam; it falls to a tenth along a cosine."""
+    statistic: float = Field(default=1.0, ge=0)
+    """Weight of the spectral model of the statistic as a teacher; it needs `training.statistics`."""
+    fitted: float = Field(default=1.0, ge=0)
+    """Weight of the model as the rounds left it."""
+    previous: float = Field(default=0.5, ge=0)
+    """Weight of the previous release; it knows nothing of items that are new in the slice."""
+    confidence: float = Field(default=1.0, ge=0)
+    """How much more a teacher counts where its own distribution has little entropy; 0: all alike."""
+    sharpness: float = Field(default=1.0, gt=0)
+    """The teachers' common logits are multiplied by this."""
+    prior: SpectralConfig = SpectralConfig()
+    """How the statistic becomes a spectral model; a blend takes its own prior instead."""
+    transfer: TransferConfig = TransferConfig()
