@@ -123,7 +123,7 @@ class Transformer(Recommender):
 
     def states(self, items: Int[Tensor, "b l"], places: Int[Tensor, "b p"]) -> Float[Tensor, "b p d"]:
         """Return the states after some places, all in one pass where the histories fit into the model."""
-        if items.shape[1] >= self.config.length:
+        if items.shape[1] >= self.settings.length:
             return super().states(items, places)
         out = self.hidden(F.pad(items, (1, 0), value=START))
         return out.gather(1, places[..., None].expand(-1, -1, out.shape[-1]))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedrec.config import AdamConfig
+from fedrec.models.freeze import trainable
 from fedrec.models.recommender import Recommender, get_params, set_params
 from fedrec.models.transfer import DistilConfig
 from fedrec.params import Array, Params
@@ -179,6 +180,7 @@ def step(
         number: of the step, from 0.
     """
     named = dict(student.named_parameters())
+    named = {name: named[name] for name in trainable(student.config, named)}
     loss = soft_loss(student, one)
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     params = get_params(student)
@@ -188,8 +190,8 @@ def step(
     }
     speed = 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * number / settings.steps))
     adam = AdamConfig(learning_rate=settings.learning_rate)
-    params, memory = optimizer.step(adam, params, memory, downhill, speed)
-    return params, memory, float(loss.detach())
+    moved, memory = optimizer.step(adam, {name: params[name] for name in named}, memory, downhill, speed)
+    return params | moved, memory, float(loss.detach())
 
 
 def distilled(
