@@ -149,6 +149,7 @@ def recommend(
     history: Annotated[str, typer.Option("--history", help="Item ids, oldest first, separated by commas.")] = "",
     release: Annotated[str, typer.Option("--release", help="A version, or 'latest' (the promoted one).")] = "latest",
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items.")] = 10,
+    student: Annotated[bool, typer.Option("--student", help="Ask the release's small student for devices.")] = False,
     registry: RegistryOption = Path("runs/registry"),
     as_json: JsonOption = False,
 ) -> None:
@@ -159,9 +160,10 @@ def recommend(
 
     loaded = Registry(registry).load(int(release) if release.isdecimal() else release)
     ids = [item.strip() for item in history.split(",") if item.strip()]
-    found = serve(loaded, ids, k)
+    found = serve(loaded, ids, k, student)
     document: dict[str, Any] = {
         "release": loaded.version,
+        "student": student,
         "history": [{"id": i, "title": t} for i, t in zip(ids, found.history_titles, strict=True)],
         "items": [item.to_dict() for item in found.items],
     }

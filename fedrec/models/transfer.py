@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedrec.models.configs import SpectralConfig
+from fedrec.models.configs import FactorisationConfig, SpectralConfig, TransformerConfig
 
 
 class _Settings(BaseModel):
@@ -52,3 +54,32 @@ class DistilConfig(_Settings):
     prior: SpectralConfig = SpectralConfig()
     """How the statistic becomes a spectral model; a blend takes its own prior instead."""
     transfer: TransferConfig = TransferConfig()
+
+
+class StudentConfig(_Settings):
+    """A small recommender for devices, taught by each release and published beside it."""
+
+    model: Annotated[SpectralConfig | FactorisationConfig | TransformerConfig, Field(discriminator="kind")]
+    """Its form. A spectral one needs no layers: the best item vectors of so many numbers."""
+    share: float = Field(default=0.1, gt=0, lt=1)
+    """It may have at most this share of the release's parameters."""
+    steps: int = Field(default=300, ge=1)
+    """How many steps it takes."""
+    batch: int = Field(default=32, ge=1)
+    """How many histories a step looks at."""
+    places: int = Field(default=16, ge=1)
+    """At how many random places of each."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """Of Adam; it falls to a tenth along a cosine."""
+    histories: int = Field(default=2048, ge=1)
+    """How many synthetic histories are drawn from the release."""
+    length: int = Field(default=30, ge=2)
+    """How many items each has."""
+    entropy: float = Field(default=0.8, gt=0, lt=1)
+    """The release is listened to at the temperature at which its distribution has this share of the largest entropy."""
+
+    def lessons(self) -> DistilConfig:
+        """Return how it is taught, as settings of distillation."""
+        return DistilConfig(
+            steps=self.steps, batch=self.batch, places=self.places, learning_rate=self.learning_rate, confidence=0.0
+        )

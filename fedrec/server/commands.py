@@ -79,7 +79,7 @@ def show(version: Version = "latest", registry: RegistryPath = DEFAULT, as_json:
         ("items", f"{manifest['n_items']:,}"),
         ("NDCG@10", _ndcg(manifest["metrics"], "release")),
         ("NDCG@10 of popularity", _ndcg(manifest["metrics"], "popularity")),
-        *((name, json.dumps(manifest[name], ensure_ascii=False)) for name in ("privacy", "lesson", "model")),
+        *((name, json.dumps(manifest[name], ensure_ascii=False)) for name in ("privacy", "lesson", "student", "model")),
         *((name, str(manifest[name])) for name in ("experiment_digest", "catalog_digest", "sha256")),
     ]
     _print_table(f"Release {row.version} in {registry}", ("what", "value"), facts)

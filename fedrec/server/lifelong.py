@@ -42,10 +42,11 @@ from fedrec.server.judge import (
 from fedrec.server.local import local_statement
 from fedrec.server.private import private_gather
 from fedrec.server.registry import Registry
-from fedrec.server.release import Release
+from fedrec.server.release import Release, Student
 from fedrec.server.round import Recipe, run_round, take_census
 from fedrec.server.spectral import added, grown_statistic, projected, spectral_params
 from fedrec.server.state import ServerState
+from fedrec.server.student import device_student
 from fedrec.server.teach import prior_config, taught
 
 PRIVACY = {
@@ -124,9 +125,10 @@ def run_stream(
         began = recipe.clock()
         if isinstance(recipe.experiment.model, BlendConfig):
             state = adopted(state, recipe.experiment.model, time_slice, link, recipe)
-        verdict = _verdict(state, link, time_slice, recipe, desk.registry)
+        student = _student(state, time_slice, recipe)
+        verdict = _verdict(state, link, time_slice, recipe, desk.registry, student)
         verdict["seconds"] = round(recipe.clock() - began, 3)
-        state, release = _publish(state, time_slice, verdict, recipe, desk)
+        state, release = _publish(state, time_slice, verdict, recipe, desk, student)
         desk.checkpoint(state)
         desk.observe(Event("release", state.releases[-1]))
         yield state, release
@@ -270,8 +272,22 @@ def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) ->
     return private_gather(guard, name, mechanism, 1.0, 1.0, ask)
 
 
+def _student(state: ServerState, time_slice: TimeSlice, recipe: Recipe) -> Student | None:
+    """Return the release's device student, a function of the state; None where none is wanted."""
+    settings, model = recipe.experiment.training.student, recipe.experiment.model
+    if settings is None:
+        return None
+    key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "student")
+    return device_student(model, release_of(state, model), state.counts["counts"], settings, time_slice.n_items, key)
+
+
 def _verdict(
-    state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe, registry: Registry
+    state: ServerState,
+    link: Link,
+    time_slice: TimeSlice,
+    recipe: Recipe,
+    registry: Registry,
+    student: Student | None = None,
 ) -> dict[str, Any]:
     """Evaluate the new release beside the previous one, popularity and local-only."""
     model = recipe.experiment.model
@@ -281,6 +297,9 @@ def _verdict(
     if state.parent is not None and wanted:
         contenders["previous"] = Contender(model, registry.load(state.parent).params)
     contenders["popularity"] = popularity_contender(state.counts)
+    settings = recipe.experiment.training.student
+    if student is not None and settings is not None and not private:
+        contenders["student"] = Contender(settings.model, student.params)
     alone = recipe.experiment.evaluation.local_only.people and not isinstance(model, SpectralConfig)
     if alone and not private:
         contenders["local_only"] = local_only_contender(recipe, time_slice)
@@ -303,7 +322,12 @@ def _spent(recipe: Recipe) -> float | None:
 
 
 def _publish(
-    state: ServerState, time_slice: TimeSlice, verdict: dict[str, Any], recipe: Recipe, desk: Desk
+    state: ServerState,
+    time_slice: TimeSlice,
+    verdict: dict[str, Any],
+    recipe: Recipe,
+    desk: Desk,
+    student: Student | None = None,
 ) -> tuple[ServerState, Release]:
     """Write the release, and move the state on to the next slice."""
     experiment = recipe.experiment
@@ -321,6 +345,7 @@ def _publish(
         metrics=verdict["rows"],
         privacy=privacy(experiment, recipe.guard),
         lesson=dict(state.lesson) or None,
+        student=student,
         promote=promoted,
     )
     own = [record for record in state.rounds if record["slice"] == time_slice.index]
@@ -342,6 +367,7 @@ def _publish(
         "client_bytes": named.n_bytes(params),
         "adoption": dict(state.adoption) or None,
         "lesson": dict(state.lesson) or None,
+        "student": None if student is None else student.facts,
         "overhead": {name: spent + verdict[name] for name, spent in state.overhead.items()},
         "refused": verdict["refused"],
         "epsilon": _spent(recipe),

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from fedrec.data.batches import histories_of
+from fedrec.errors import RegistryError
 from fedrec.models.build import restore
 from fedrec.models.configs import AnyModelConfig, ModelConfig
 from fedrec.models.recommender import score_all
@@ -39,20 +40,30 @@ class Recommendations:
     items: tuple[Recommended, ...]
 
 
-def recommend(release: Release, history: Sequence[str], k: int) -> Recommendations:
+def recommend(release: Release, history: Sequence[str], k: int, student: bool = False) -> Recommendations:
     """Return the k best items that are not in the history.
 
     Args:
         release: from the registry.
         history: item ids, oldest first; may be empty.
         k: how many items.
+        student: ask the device student that was published beside the release.
 
     Raises:
+        RegistryError: a student is asked for, and there is none.
         UnknownItem: the release's catalogue does not hold an id.
     """
     numbers = release.catalog.numbers(history)
-    config: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(release.manifest.model)
-    model = restore(config, release.manifest.n_items, release.params)
+    document, params = release.manifest.model, release.params
+    if student:
+        if release.manifest.student is None or release.student is None:
+            raise RegistryError(
+                f"Release {release.version} has no device student; train with a table [training.student], or leave out "
+                "--student."
+            )
+        document, params = release.manifest.student["model"], release.student
+    config: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(document)
+    model = restore(config, release.manifest.n_items, params)
     scores = score_all(model, histories_of([numbers], model.spec))[0]
     scores[numbers] = -np.inf
     best = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if np.isfinite(scores[i])]

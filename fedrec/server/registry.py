@@ -2,6 +2,7 @@
 
     registry.sqlite                     which releases there are, their parents, and the one that is current
     releases/0007/model.safetensors     the tensors
+    releases/0007/student.safetensors   the tensors of its device student, where there is one
     releases/0007/manifest.json         what they are and what they were measured at
     catalogs/<digest>.json              the items they know, written once
 
@@ -28,11 +29,11 @@ from fedrec.data.catalog import ItemCatalog
 from fedrec.errors import CorruptRelease, DataError, FedrecError, RegistryError
 from fedrec.params import Params, digest
 from fedrec.server.files import is_file, make_folder, mend, place_folder, read_file, refusal, sweep
-from fedrec.server.release import Manifest, Release, ReleaseRow
+from fedrec.server.release import Manifest, Release, ReleaseRow, Student
 
 LAYOUT = 1
 BUSY_SECONDS = 60.0
-MODEL, MANIFEST = "model.safetensors", "manifest.json"
+MODEL, STUDENT, MANIFEST = "model.safetensors", "student.safetensors", "manifest.json"
 _TABLES = (
     """CREATE TABLE release(
         version INTEGER PRIMARY KEY, run TEXT NOT NULL, slice INTEGER NOT NULL,
@@ -101,6 +102,7 @@ class Registry:
         metrics: Mapping[str, Any],
         privacy: Mapping[str, Any],
         lesson: Mapping[str, Any] | None = None,
+        student: Student | None = None,
         promote: bool = True,
     ) -> Release:
         """Write a release and make it current, once per ``(run, slice)``.
@@ -120,13 +122,15 @@ class Registry:
             metrics: what was measured; numbers that are not finite are written as null.
             privacy: what was spent.
             lesson: who taught it, if anybody did.
+            student: a small recommender for devices, kept beside it.
             promote: whether it becomes the current release.
 
         Raises:
             RegistryError: this slice of this run is published with other content, the parent is unknown, or the
                 registry cannot be written.
         """
-        weights = safetensors.save({name: np.asarray(value, order="C") for name, value in params.items()})
+        weights = _tensors(params)
+        files = {MODEL: weights} if student is None else {MODEL: weights, STUDENT: _tensors(student.params)}
         self.prepare()
         with self._transaction() as db:
             known = {(row.run, row.slice): row for row in self._rows(db)}
@@ -145,6 +149,7 @@ class Registry:
                 metrics=dict(metrics),
                 privacy=dict(privacy),
                 lesson=None if lesson is None else dict(lesson),
+                student=None if student is None else student.document(_sha256(files[STUDENT])),
                 sha256=_sha256(weights),
                 params_digest=digest(params),
             )
@@ -160,13 +165,13 @@ class Registry:
                     f"registry at '{self.root}'; point --registry at the one that the run began with."
                 )
             mend(self.root / "catalogs" / f"{manifest.catalog_digest}.json", catalog.to_json().encode())
-            place_folder(self._folder(version), {MODEL: weights, MANIFEST: document})
+            place_folder(self._folder(version), files | {MANIFEST: document})
             if row is None:
                 columns = (version, run, slice, parent, _sha256(document), manifest.catalog_digest, experiment_digest)
                 db.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", (*columns, self._now()))
             if promote and not (row and row.promoted):
                 self._point(db, "promote", version)
-        return Release(version, manifest, dict(params), catalog)
+        return Release(version, manifest, dict(params), catalog, None if student is None else dict(student.params))
 
     def load(self, version: int | str = "latest") -> Release:
         """Read a release and check every byte of it.
@@ -180,11 +185,12 @@ class Registry:
         """
         row = self.row(version)
         manifest = self._manifest(row)
-        path = self._folder(row.version) / MODEL
-        weights = _read(row.version, path)
-        if _sha256(weights) != manifest.sha256:
-            raise _corrupt(row.version, path, "does not match its SHA-256")
-        return Release(row.version, manifest, safetensors.load(weights), self._catalog(row))
+        folder = self._folder(row.version)
+        weights = _checked(row.version, folder / MODEL, manifest.sha256)
+        student = None
+        if manifest.student is not None:
+            student = safetensors.load(_checked(row.version, folder / STUDENT, manifest.student["sha256"]))
+        return Release(row.version, manifest, safetensors.load(weights), self._catalog(row), student)
 
     def manifest(self, version: int | str = "latest") -> Manifest:
         """Read only the manifest of a release; errors as `load`."""
@@ -360,6 +366,18 @@ def _read(version: int, path: Path) -> bytes:
     data = read_file(path)
     if data is None:
         raise _corrupt(version, path, "is missing")
+    return data
+
+
+def _checked(version: int, path: Path, sha256: str) -> bytes:
+    data = _read(version, path)
+    if _sha256(data) != sha256:
+        raise _corrupt(version, path, "does not match its SHA-256")
+    return data
+
+
+def _tensors(params: Params) -> bytes:
+    data: bytes = safetensors.save({name: np.asarray(value, order="C") for name, value in params.items()})
     return data
 
 

@@ -59,6 +59,8 @@ class Manifest(BaseModel):
     """What the release cost: the guarantee and its unit."""
     lesson: Document | None = None
     """Who taught it after the rounds, on what, and at what cost; None if nobody did."""
+    student: Document | None = None
+    """The small recommender for devices beside it: "model", "sha256" of ``student.safetensors``, and its "facts"."""
     sha256: str
     """SHA-256 of the bytes of ``model.safetensors``."""
     params_digest: str
@@ -100,6 +102,25 @@ class ReleaseRow:
 
 
 @dataclass(frozen=True, eq=False)
+class Student:
+    """A small recommender for devices, to be published beside a release.
+
+    Attributes:
+        model: its configuration.
+        params: its tensors.
+        facts: its size beside the release's, how it was taught, and at what cost of privacy.
+    """
+
+    model: dict[str, Any]
+    params: dict[str, Array]
+    facts: dict[str, Any]
+
+    def document(self, sha256: str) -> dict[str, Any]:
+        """Return what a manifest says of it; `sha256` is that of its file."""
+        return {"model": self.model, "facts": self.facts, "sha256": sha256}
+
+
+@dataclass(frozen=True, eq=False)
 class Release:
     """A release with all that is needed to recommend from it."""
 
@@ -107,3 +128,4 @@ class Release:
     manifest: Manifest
     params: dict[str, Array]
     catalog: ItemCatalog
+    student: dict[str, Array] | None = None

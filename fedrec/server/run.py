@@ -34,6 +34,7 @@ from fedrec.server.local import local_mode
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe, take_census
 from fedrec.server.state import ServerState
+from fedrec.server.student import check_student
 from fedrec.server.teach import check_distil
 
 MOST_PAIRED = 8_192
@@ -144,6 +145,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     build(experiment.model, 1, ServerState.root_key(experiment))
     _check_statistics(experiment, dataset)
     check_distil(experiment)
+    check_student(experiment, cut(experiment, dataset)[0].n_items)
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
     _check_promotion(experiment)

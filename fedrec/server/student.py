@@ -1,0 +1,143 @@
+"""A small recommender for devices: what a release says, in at most a tenth of its parameters.
+
+It is taught by the release alone, on histories that are drawn from it, so it costs no privacy beyond the release.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedrec import params as named
+from fedrec.config import Experiment
+from fedrec.errors import ConfigError
+from fedrec.models.build import build, restore
+from fedrec.models.configs import AnyModelConfig, SpectralConfig
+from fedrec.models.portable import expected_shapes
+from fedrec.models.recommender import Recommender, get_params, set_params
+from fedrec.models.transfer import StudentConfig
+from fedrec.params import Array, Params
+from fedrec.random import Key
+from fedrec.server.distil import Teacher, distilled, had_before, matched_temperature
+from fedrec.server.release import Student
+from fedrec.server.spectral import popularity
+from fedrec.server.synthetic import Source, first_shares, sample_histories
+
+PROBED = 64
+"""Histories on which the temperature is found."""
+
+
+def n_params(config: AnyModelConfig, n_items: int) -> int:
+    """Return how many parameters a model of these settings has.
+
+    >>> n_params(SpectralConfig(item_rank=2, feature_rank=0), 10)
+    34
+    """
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape in expected_shapes(config, n_items).values())
+
+
+def check_student(experiment: Experiment, n_items: int) -> None:
+    """Raise what makes a device student impossible.
+
+    Raises:
+        ConfigError: it is larger than its settings allow.
+    """
+    settings = experiment.training.student
+    if settings is None:
+        return
+    own, whole = n_params(settings.model, n_items), n_params(experiment.model, n_items)
+    if own > settings.share * whole:
+        raise ConfigError(
+            f"The device student would have {own:,} parameters, {own / whole:.1%} of the release's {whole:,} where "
+            f"training.student.share allows {settings.share:.0%}; make it narrower, or raise the share."
+        )
+
+
+def device_student(
+    model: AnyModelConfig, params: Params, counts: Array, settings: StudentConfig, n_items: int, key: Key
+) -> Student:
+    """Teach a fresh student what a release says.
+
+    Args:
+        model: the release's settings.
+        params: its parameters.
+        counts: [n_items] how many people took each item, as released: the first items of histories follow them.
+        settings: the student's form and how it is taught.
+        n_items: size of the catalogue.
+        key: where all randomness comes from.
+    """
+    release = restore(model, n_items, params)
+    first = first_shares(counts)
+    everything = np.ones(n_items, np.float32)
+    probe = sample_histories(Source(None), first, PROBED, settings.length, key.child("probe"))
+    temperature = _temperature(release, probe, settings.entropy)
+    # Histories of a plausible kind are drawn first; the temperature that counts is found on those.
+    probe = sample_histories(Source(release, temperature), first, PROBED, settings.length, key.child("probe"))
+    temperature = _temperature(release, probe, settings.entropy)
+    histories = sample_histories(
+        Source(release, temperature), first, settings.histories, settings.length, key.child("histories")
+    )
+    student = build(settings.model, n_items, key.child("student"))
+    set_params(student, begun(student, release, histories[:512], counts))
+    teacher = Teacher("release", release, 1.0, everything, temperature)
+    student, losses = distilled(student, [teacher], histories, key, settings.lessons())
+    found = get_params(student)
+    own, whole = named.n_bytes(found), named.n_bytes(params)
+    facts = {
+        "n_params": sum(value.size for value in found.values()),
+        "bytes": own,
+        "share_of_params": sum(v.size for v in found.values()) / sum(v.size for v in params.values()),
+        "share_of_bytes": own / whole,
+        "temperature": round(temperature, 6),
+        "steps": settings.steps,
+        "loss": [round(losses[0], 6), round(losses[-1], 6)],
+        "epsilon": 0.0,
+    }
+    return Student(settings.model.model_dump(mode="json"), found, facts)
+
+
+@torch.no_grad()
+def _temperature(release: Recommender, histories: NDArray[np.int64], share: float) -> float:
+    items = torch.from_numpy(histories)
+    places = torch.arange(1, items.shape[1] + 1, max(1, items.shape[1] // 6)).expand(len(items), -1)
+    had = had_before(items, places, release.n_items)
+    scores = release.score(release.states(items, places).flatten(0, 1)).masked_fill(had, float("-inf"))
+    return matched_temperature(scores, share * float(np.log(release.n_items)))
+
+
+@torch.no_grad()
+def begun(student: Recommender, release: Recommender, histories: NDArray[np.int64], counts: Array) -> Params:
+    r"""Return the parameters that a student begins with: item vectors that lie to each other as the release's do.
+
+    With R the release's item rows and u its user vectors on the histories, they are the leading principal directions of
+    :math:`R \, \mathrm{diag}(\mathrm{sd}(u))`, the score's own geometry.
+    """
+    found = get_params(student)
+    items = torch.from_numpy(histories)
+    users = release.states(items, torch.full((len(items), 1), items.shape[1]))[:, 0]
+    rows = release.score(torch.eye(users.shape[1])).T * users.std(0)
+    name = "items" if isinstance(student.config, SpectralConfig) else "item"
+    reduced = _reduced(rows.double(), found[name].shape[1])
+    if isinstance(student.config, SpectralConfig):
+        table = reduced / max(float(np.abs(reduced).max()), 1e-12)
+        centred = table - table.mean(0)
+        found |= {
+            "items": table,
+            "popularity": popularity(counts),
+            "item_spread": (centred.T @ centred / np.float32(len(table))).astype(np.float32),
+        }
+    else:
+        found["item"] = reduced * np.float32(found["item"].std() / max(float(reduced.std()), 1e-12))
+    return found
+
+
+def _reduced(rows: Float[Tensor, "n d"], dim: int) -> NDArray[np.float32]:
+    """Return [n, dim] coordinates of the rows along their leading directions; zeros where there are fewer."""
+    _, directions = torch.linalg.eigh(rows.T @ rows)
+    lead = directions.flip(1)[:, :dim]
+    out = np.zeros((len(rows), dim), np.float32)
+    out[:, : lead.shape[1]] = (rows @ lead).numpy()
+    return out
