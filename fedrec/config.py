@@ -14,7 +14,7 @@ from fedrec.data.features import FeatureSettings
 from fedrec.data.slices import LastWindow, TimeWindow
 from fedrec.errors import ConfigError, nearest
 from fedrec.models.configs import TrainedConfig
-from fedrec.models.transfer import DistilConfig, StudentConfig
+from fedrec.models.transfer import DistilConfig, DriftConfig, RehearsalConfig, StudentConfig
 from fedrec.privacy.settings import NoPrivacy, Privacy
 from fedrec.protocol.codec import Codec, Float, Plain
 from fedrec.protocol.task import CooccurrenceSettings, CooccurrenceTask, LocalTraining
@@ -167,6 +167,10 @@ class TrainingConfig(_Settings):
     """Teach the model on synthetic histories after the rounds of each slice, at no cost of privacy."""
     student: StudentConfig | None = None
     """Publish a small recommender for devices beside each release, taught by it."""
+    rehearsal: RehearsalConfig | None = None
+    """Rehearse synthetic histories on the server, against forgetting, at no cost of privacy."""
+    drift: DriftConfig | None = None
+    """Learn faster after an alarm of drift."""
     base: StageConfig = StageConfig(rounds=200, warmup=10, final=0.1)
     """The first slice."""
     later: StageConfig = StageConfig(rounds=50, final=0.1)

@@ -10,11 +10,10 @@ Record = Mapping[str, Any]
 ROWS = {
     "release": ("release", "#0072B2", "o"),
     "previous": ("previous release", "#56B4E9", "D"),
-    "student": ("device student", "#CC79A7", "v"),
     "popularity": ("popularity", "#E69F00", "s"),
     "local_only": ("local only", "#009E73", "^"),
 }
-SPARE = (("#D55E00", "P"), ("#7A7A7A", "X"))
+SPARE = (("#CC79A7", "v"), ("#D55E00", "P"), ("#7A7A7A", "X"))
 GROUPS = {"all": "everyone", "returning": "returning people", "new": "new people", "new_items": "new items"}
 
 

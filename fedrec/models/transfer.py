@@ -83,3 +83,27 @@ class StudentConfig(_Settings):
         return DistilConfig(
             steps=self.steps, batch=self.batch, places=self.places, learning_rate=self.learning_rate, confidence=0.0
         )
+
+
+class RehearsalConfig(_Settings):
+    """In later slices, a share of each round's update is learnt from synthetic histories of the release before."""
+
+    share: float = Field(default=0.3, gt=0, lt=1)
+    """Weight of that part; the clients' part has the rest."""
+    histories: int = Field(default=512, ge=1)
+    """How many are drawn in each slice."""
+    length: int | None = Field(default=None, ge=2)
+    """How many items each has; None: as many as the model sees."""
+    batch: int = Field(default=64, ge=1)
+    """How many a round looks at."""
+
+
+class DriftConfig(_Settings):
+    """Watch by a Page-Hinkley test whether releases lose their lead over popularity, and then learn faster."""
+
+    tolerance: float = Field(default=0.02, ge=0)
+    """Relative loss per slice that does not count."""
+    threshold: float = Field(default=0.15, gt=0)
+    """Sum of relative losses beyond it at which the alarm sounds."""
+    speed: float = Field(default=2.0, gt=0)
+    """Factor on the server's learning rate in the slice after an alarm."""

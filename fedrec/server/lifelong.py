@@ -27,6 +27,7 @@ from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
 from fedrec.server.adopt import adopted, release_of
+from fedrec.server.drift import watched
 from fedrec.server.gather import Ask, Gathered, Roster, gather
 from fedrec.server.guard import Guard, statement
 from fedrec.server.judge import (
@@ -42,6 +43,7 @@ from fedrec.server.judge import (
 from fedrec.server.local import local_statement
 from fedrec.server.private import private_gather
 from fedrec.server.registry import Registry
+from fedrec.server.rehearsal import remembered
 from fedrec.server.release import Release, Student
 from fedrec.server.round import Recipe, run_round, take_census
 from fedrec.server.spectral import added, grown_statistic, projected, spectral_params
@@ -164,6 +166,7 @@ def _begin(
         if state.params
         else initial(model, time_slice.n_items, recipe)
     )
+    memories = _memories(state, time_slice, recipe)
     counted = _count(link, time_slice, recipe, roster)
     before = state.counts.get("counts", np.zeros(0, np.float32))
     total = np.zeros(time_slice.n_items, np.float32)
@@ -186,6 +189,7 @@ def _begin(
         counts={"counts": total},
         counted=time_slice.index + 1,
         round=0,
+        memories=memories,
         lesson={},
         overhead={
             "seconds": round(recipe.clock() - began, 4),
@@ -193,6 +197,16 @@ def _begin(
             "bytes_up": spent.bytes_up,
         },
     )
+
+
+def _memories(state: ServerState, time_slice: TimeSlice, recipe: Recipe) -> Params:
+    """Return what a later slice rehearses; nothing in the first one, or where nobody asks for it."""
+    settings, model = recipe.experiment.training.rehearsal, trained(recipe.experiment.model)
+    if settings is None or not state.params:
+        return {}
+    key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index)
+    counts = state.counts["counts"]
+    return remembered(model, state.released, len(counts), counts, settings, key)
 
 
 def _statistic(
@@ -368,6 +382,7 @@ def _publish(
         "adoption": dict(state.adoption) or None,
         "lesson": dict(state.lesson) or None,
         "student": None if student is None else student.facts,
+        "drift": _drift(state, verdict["rows"], experiment),
         "overhead": {name: spent + verdict[name] for name, spent in state.overhead.items()},
         "refused": verdict["refused"],
         "epsilon": _spent(recipe),
@@ -380,6 +395,11 @@ def _publish(
         return moved.advanced(parent=release.version), release
     # What did harm is not built upon; counts and statistics are sums over all slices, and stay.
     return moved.advanced(params=state.anchor, average={}, memory={}), release
+
+
+def _drift(state: ServerState, rows: Mapping[str, Any], experiment: Experiment) -> dict[str, Any] | None:
+    settings = experiment.training.drift
+    return None if settings is None else watched(state.releases, rows, settings, experiment.evaluation.ks[0])
 
 
 def _holds_on(experiment: Experiment) -> bool:

@@ -21,10 +21,12 @@ from fedrec.protocol.task import FitTask, Turn
 from fedrec.random import Key
 from fedrec.server import optimizer
 from fedrec.server.anchor import item_means, pulled
+from fedrec.server.drift import hurried
 from fedrec.server.gather import Ask, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.local import LocalMode
 from fedrec.server.private_fit import Place, private_fit
+from fedrec.server.rehearsal import rehearsed
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState
 
@@ -129,7 +131,10 @@ def run_round(
         norm = named.norm(mean)
         stage = training.base if time_slice.index == 0 else training.later
         mean = pulled(mean, params, state.anchor, training.anchor)
-        learnt, memory = optimizer.step(training.server, learnt, memory, mean, optimizer.speed(stage, state.round))
+        if training.rehearsal is not None and state.memories:
+            mean = rehearsed(mean, params, state.memories, model, training.rehearsal, local, key)
+        speed = optimizer.speed(stage, state.round) * hurried(state.releases)
+        learnt, memory = optimizer.step(training.server, learnt, memory, mean, speed)
         rows = MODELS[type(model)].row_names & learnt.keys()
         params |= item_means(learnt, state.anchor, training.item_mean, rows)
     average = optimizer.averaged(state.average, params, training.average, state.round)

@@ -27,6 +27,7 @@ from fedrec.privacy.accounting import check_delta
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
 from fedrec.protocol.link import Link
+from fedrec.server.drift import check_drift
 from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
 from fedrec.server.guard import Guard, guard_of, planned, user_level
 from fedrec.server.lifelong import Desk, Event, Observer, privacy, run_stream
@@ -145,6 +146,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     build(experiment.model, 1, ServerState.root_key(experiment))
     _check_statistics(experiment, dataset)
     check_distil(experiment)
+    check_drift(experiment)
     check_student(experiment, cut(experiment, dataset)[0].n_items)
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)

@@ -14,7 +14,7 @@ from fedrec.errors import RunError
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
-_TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor", "prior", "study")
+_TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor", "prior", "study", "memories")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class ServerState:
         anchor: the parameters that the slice began with, if training holds on to them; empty in the first slice.
         prior: parameters of a blend's spectral part, made from `statistic`.
         study: while the slice is distilled: "fitted:" parameters as the rounds left them, "memory:" of the optimizer.
+        memories: synthetic histories that the slice rehearses; empty in the first, or if training wants none.
         lesson: how far the slice is distilled, from whom; empty before.
         adoption: how far a blend's fitted part was adopted in this slice, and what was tried.
         clip_norm: of the next round, where it is learnt; None where it is fixed.
@@ -61,6 +62,7 @@ class ServerState:
     anchor: Params = field(default_factory=dict)
     prior: Params = field(default_factory=dict)
     study: Params = field(default_factory=dict)
+    memories: Params = field(default_factory=dict)
     adoption: Mapping[str, Any] = field(default_factory=dict)
     lesson: Mapping[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None
