@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from benchmarks.harness import Row, progress, run
 from benchmarks.peers.workloads import KEY, sequence
+from fedrec.client.rows import renumber
 from fedrec.client.trainer import cache_block, step_batches
-from fedrec.client.vectorised import renumber, train_batched
+from fedrec.client.vectorised import train_batched
 from fedrec.models.recommender import to_torch
 from fedrec.privacy.clip import clip_factors
 

@@ -8,6 +8,7 @@ an uninterrupted one would have seen.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -85,23 +86,43 @@ class Key:
 
         Source: the finaliser of SplitMix64, Steele et al., OOPSLA 2014, figure 16, applied twice.
         """
-        return (self.bits(entities, draws) >> 11).astype("float64") * (1.0 / (1 << 53))
+        found: NDArray[np.float64] = uniforms_of([self], entities, draws)[0]
+        return found
 
     def bits(self, entities: NDArray[np.int64], draws: int) -> NDArray[np.uint64]:
         """Return `draws` unsigned 64-bit random numbers for each of the [n] entities: [n, draws]. See `uniforms`."""
-        import numpy as np
+        numbers: NDArray[np.uint64] = bits_of([self], entities, draws)[0]
+        return numbers
 
-        with np.errstate(over="ignore"):
-            seed = np.uint64(int.from_bytes(self.data[:8], "little"))
-            streams = _mix(seed + np.asarray(entities).astype(np.uint64) * np.uint64(_GOLDEN))
-            counters = (np.arange(1, draws + 1, dtype=np.uint64)) * np.uint64(_GOLDEN)
-            numbers: NDArray[np.uint64] = _mix(streams[:, None] + counters[None, :])
-            return numbers
+
+def bits_of(keys: Sequence[Key], entities: NDArray[np.int64], draws: int) -> NDArray[np.uint64]:
+    """Return what ``key.bits(entities, draws)`` returns for each of k keys, in one computation: [k, n, draws]."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        seeds = np.array([int.from_bytes(key.data[:8], "little") for key in keys], np.uint64)
+        streams = _mix(seeds[:, None] + np.asarray(entities).astype(np.uint64) * np.uint64(_GOLDEN))
+        counters = (np.arange(1, draws + 1, dtype=np.uint64)) * np.uint64(_GOLDEN)
+        numbers: NDArray[np.uint64] = _mix(streams[..., None] + counters)
+        return numbers
+
+
+def uniforms_of(keys: Sequence[Key], entities: NDArray[np.int64], draws: int) -> NDArray[np.float64]:
+    """Return what ``key.uniforms(entities, draws)`` returns for each of k keys: [k, n, draws]."""
+    numbers = bits_of(keys, entities, draws)
+    numbers >>= 11
+    found: NDArray[np.float64] = numbers.astype("float64")
+    found *= 1.0 / (1 << 53)
+    return found
 
 
 def _mix(z: Any) -> Any:
+    """Scramble `z` in place and return it."""
     import numpy as np
 
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return z

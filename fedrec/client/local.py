@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,7 +10,8 @@ import torch
 from fedrec import params as named
 from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import count
-from fedrec.client.trainer import Trained, cache_block
+from fedrec.client.trained import Trained
+from fedrec.client.trainer import cache_block
 from fedrec.data.batches import Cohort
 from fedrec.errors import PrivacyError, ProtocolError
 from fedrec.models.build import restore
@@ -94,7 +94,7 @@ def _by_users(
             if charge is None:
                 continue
             totals = {key: torch.zeros_like(value) for key, value in learnt(model).items()}
-            _alone(trained, place).add_to(totals, factors[place : place + 1])
+            trained.alone(place).add_to(totals, factors[place : place + 1])
             exact = {key: value.detach().numpy() for key, value in totals.items()}
             source = budget.source(budget.secret(client, charge, plan))
             yield _bounded(mechanism.noised(exact, 1.0, charge, source), clip, deviation)
@@ -132,17 +132,6 @@ def _by_windows(
 
 def _round_name(plan: RoundPlan) -> str:
     return f"slice {plan.slice}: round {plan.round}"
-
-
-def _alone(trained: Trained, place: int) -> Trained:
-    one = slice(place, place + 1)
-    return replace(
-        trained,
-        dense={name: part[one] for name, part in trained.dense.items()},
-        rows=trained.rows[one],
-        sparse={name: part[one] for name, part in trained.sparse.items()},
-        loss=trained.loss[one],
-    )
 
 
 def _bounded(update: Params, clip_norm: float, deviation: float) -> dict[str, Array]:

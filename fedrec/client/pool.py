@@ -116,13 +116,7 @@ class LogPool:
             raise ProtocolError(
                 "The plan asks clients to add noise of their own, but these keep no ledger to pay from."
             )
-        cohort = self._eligible(plan.task.window)
-        if len(plan.slots) and not 0 <= int(plan.slots.min()) <= int(plan.slots.max()) < len(cohort):
-            raise ProtocolError(
-                f"The plan names clients {int(plan.slots.min())} to {int(plan.slots.max())} of {len(cohort)} eligible "
-                "ones here; take the census again."
-            )
-        chosen = cohort.take(plan.slots)
+        chosen = self._planned(plan)
         if isinstance(plan.task, FitTask) and plan.task.turn is not None:
             chosen = chosen.take(plan.task.turn.taken(chosen.ids))
         if not len(chosen):
@@ -140,8 +134,21 @@ class LogPool:
         return self._evaluate(plan, plan.task, chosen)
 
     def by_length(self, plan: RoundPlan) -> NDArray[np.int64]:
-        """Return the plan's slots in the order of how long the clients' histories are, shortest first."""
-        return plan.slots[np.argsort(self._eligible(plan.task.window).high[plan.slots], kind="stable")]
+        """Return the plan's slots in the order of how long the clients' histories are, shortest first.
+
+        Raises:
+            ProtocolError: the plan names clients that are not here.
+        """
+        return plan.slots[np.argsort(self._planned(plan).high, kind="stable")]
+
+    def _planned(self, plan: RoundPlan) -> Cohort:
+        cohort = self._eligible(plan.task.window)
+        if len(plan.slots) and not 0 <= int(plan.slots.min()) <= int(plan.slots.max()) < len(cohort):
+            raise ProtocolError(
+                f"The plan names clients {int(plan.slots.min())} to {int(plan.slots.max())} of {len(cohort)} eligible "
+                "ones here; take the census again."
+            )
+        return cohort.take(plan.slots)
 
     def _check_catalog(self, digest: str) -> None:
         if digest != self._catalog_digest:

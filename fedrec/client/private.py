@@ -70,11 +70,7 @@ def gradients(model: Recommender, windows: Cohort, key: Key) -> dict[str, Tensor
     finite gets zeros, for NaN passes any clip.
     """
     trained = train_batched(model, windows, _GRADIENT, key)
-    found = {name: part * -trained.scale for name, part in trained.dense.items()}
-    for name, part in trained.sparse.items():
-        whole = torch.zeros(len(windows), *dict(model.named_parameters())[name].shape)
-        places = torch.arange(len(windows))[:, None].expand_as(trained.rows)
-        found[name] = whole.index_put_((places, trained.rows), part * -trained.scale, accumulate=True)
+    found = {name: -part for name, part in trained.whole(dict(model.named_parameters())).items()}
     finite = torch.stack([part.flatten(1).isfinite().all(1) for part in found.values()]).all(0)
     if not finite.all():
         found = {name: part.masked_fill(~finite.view(-1, *[1] * (part.dim() - 1)), 0.0) for name, part in found.items()}

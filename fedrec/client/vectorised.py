@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call
 
-from fedrec.client.trainer import Trained, in_cache, step_batches
-from fedrec.data.batches import START, Batch, Cohort
+from fedrec.client.closed import ByClosedForm
+from fedrec.client.rows import renumber
+from fedrec.client.trained import Tensors, Trained, in_cache
+from fedrec.client.trainer import step_batches
+from fedrec.data.batches import Batch, Cohort
 from fedrec.models.recommender import Recommender, learnt, to_torch
+from fedrec.models.squares import LeastSquares
 from fedrec.protocol.task import LocalTraining
 from fedrec.random import Key
 
@@ -27,50 +30,82 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
     """
     batches = step_batches(cohort, model, local, key)
     kept = model.local_start(to_torch(batches[0]))
-    rows, batches = (
-        renumber(batches, inputs=model.spec.kind == "causal")
-        if model.gathers
-        else (np.zeros((len(cohort), 0), np.int64), batches)
+    clients: ByClosedForm | ByAutograd = (
+        ByClosedForm(model, kept, batches, local)
+        if isinstance(model, LeastSquares)
+        else ByAutograd(model, kept, batches, local)
     )
-    touched = torch.from_numpy(rows)
-    sparse = model.row_names if model.gathers else frozenset()
-    # In the first step all clients hold the same numbers: views, of which only the gradients are apart.
-    start = {
-        name: F.embedding(touched, value.detach())
-        if name in sparse
-        else value.detach().expand(len(cohort), *value.shape)
-        for name, value in model.named_parameters()
-        if value.requires_grad
-    }
-    # Tables that nobody trains are cut to each client's rows all the same, since the batch is renumbered.
-    frozen = {
-        name: F.embedding(touched, value)
-        for name, value in model.named_parameters()
-        if name in sparse and not value.requires_grad
-    }
-    sparse = sparse & start.keys()
-    own, first = start, torch.zeros(0)
-    for step, batch in enumerate(batches):
-        held = {name: value.detach().requires_grad_() for name, value in own.items()}
-        mine = {name: value.detach().requires_grad_() for name, value in kept.items()}
-        losses = functional_call(model, {**held, **frozen}, (to_torch(batch), mine))
-        first = losses.detach() if step == 0 else first
+    first = clients.step()
+    for _ in range(1, local.steps):
+        clients.step()
+    return clients.trained(first)
+
+
+class ByAutograd:
+    """Clients that hold parameters of their own, of an item table the rows that they touch, and step by autograd."""
+
+    def __init__(self, model: Recommender, kept: Tensors, batches: list[Batch], local: LocalTraining) -> None:
+        """Start from the shared parameters.
+
+        Args:
+            model: holds them.
+            kept: what lives on the clients only, [c, ...] each.
+            batches: one for each step.
+            local: steps and learning rate.
+        """
+        self._model, self._kept, self._local, self._done = model, kept, local, 0
+        n = len(batches[0].seeds)
+        rows = np.zeros((n, 0), np.int64)
+        if model.gathers:
+            rows, batches = renumber(batches, inputs=model.spec.kind == "causal")
+        self._touched, self._batches = torch.from_numpy(rows), [to_torch(batch) for batch in batches]
+        rows_of = model.row_names if model.gathers else frozenset[str]()
+        trained = learnt(model)
+        self._sparse = rows_of & trained.keys()
+        # In the first step all clients hold the same numbers: views, of which only the gradients are apart.
+        self._own = {
+            name: F.embedding(self._touched, value.detach())
+            if name in self._sparse
+            else value.detach().expand(n, *value.shape)
+            for name, value in trained.items()
+        }
+        # Tables that nobody trains are cut to each client's rows all the same, since the batch is renumbered.
+        self._frozen = {
+            name: F.embedding(self._touched, value)
+            for name, value in model.named_parameters()
+            if name in rows_of and name not in trained
+        }
+
+    def step(self) -> Tensor:
+        """Take the next step and return the [c] losses before it."""
+        held = {name: value.detach().requires_grad_() for name, value in self._own.items()}
+        mine = {name: value.detach().requires_grad_() for name, value in self._kept.items()}
+        losses: Tensor = functional_call(self._model, {**held, **self._frozen}, (self._batches[self._done], mine))
         # Scaling the few losses makes every gradient the move itself: no pass over memory is spent on the rate.
-        scale = torch.full_like(losses, -local.learning_rate)
+        scale = torch.full_like(losses, -self._local.learning_rate)
         moves = torch.autograd.grad(losses, [*held.values(), *mine.values()], scale, materialize_grads=True)
         moved = dict(zip(held, moves, strict=False))
-        if local.steps == 1:
-            deltas = {
-                name: _added(start[name].zero_(), move) if move.is_sparse else move for name, move in moved.items()
+        if self._local.steps == 1:  # the moves are the differences
+            self._own = {
+                name: _added(value.zero_(), moved[name]) if moved[name].is_sparse else moved[name]
+                for name, value in self._own.items()
             }
-            return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, first)
-        own = {name: _moved(value, moved[name], step == 0) for name, value in own.items()}
-        kept = {name: value + move for (name, value), move in zip(kept.items(), moves[len(held) :], strict=True)}
-    deltas = {
-        name: _less(own[name], value.detach(), touched if name in sparse else None)
-        for name, value in learnt(model).items()
-    }
-    return Trained(deltas, touched, {name: deltas.pop(name) for name in sparse}, first)
+        else:
+            self._own = {name: _moved(value, moved[name], self._done == 0) for name, value in self._own.items()}
+        self._kept = {name: v + move for (name, v), move in zip(mine.items(), moves[len(held) :], strict=True)}
+        self._done += 1
+        return losses.detach()
+
+    def trained(self, first: Tensor) -> Trained:
+        """Return what the clients learnt; `first` are the losses before the first step."""
+        deltas = self._own
+        if self._local.steps > 1:
+            deltas = {
+                name: _less(self._own[name], value.detach(), self._touched if name in self._sparse else None)
+                for name, value in learnt(self._model).items()
+            }
+        sparse = {name: deltas.pop(name) for name in self._sparse}
+        return Trained(deltas, self._touched, sparse, first)
 
 
 def _moved(value: Tensor, move: Tensor, first: bool) -> Tensor:
@@ -94,51 +129,3 @@ def _added(table: Tensor, move: Tensor) -> Tensor:
     client, row = move._indices()
     table.flatten(0, 1).index_add_(0, client * table.shape[1] + row, move._values())
     return table
-
-
-def renumber(batches: list[Batch], inputs: bool = True) -> tuple[NDArray[np.int64], list[Batch]]:
-    """Return the item rows that each client touches in all steps, and the batches in terms of those rows.
-
-    Args:
-        batches: one for each step.
-        inputs: whether training reads the rows of the inputs; if not, they are left as they are.
-
-    Returns:
-        rows: [c, r] sorted item numbers of each client, padded with 0.
-        batches: as given, with item number ``rows[client, j]`` written as j; `START` stays.
-    """
-    names = ("inputs", "targets", "negatives") if inputs else ("targets", "negatives")
-    parts = [getattr(batch, name) for batch in batches for name in names]
-    numbers = np.maximum(np.concatenate(parts, axis=1), 0)
-    largest = int(numbers.max(initial=0))
-    ranks = _ranks_by_marking if largest < DENSE * numbers.shape[1] else _ranks_by_sorting
-    local = ranks(numbers, largest)
-    rows = np.zeros((len(numbers), int(local.max(initial=0)) + 1), np.int64)
-    np.put_along_axis(rows, local, numbers, axis=1)
-    pieces = iter(np.split(local, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1))
-    renamed = [batch._replace(**{name: next(pieces) for name in names}) for batch in batches]
-    kept = [np.where(old.inputs == START, START, new.inputs) for old, new in zip(batches, renamed, strict=True)]
-    return rows, [batch._replace(inputs=numbers) for batch, numbers in zip(renamed, kept, strict=True)]
-
-
-DENSE = 16
-"""Up to so many items for each number of a client, marking a table is faster than sorting."""
-
-
-def _ranks_by_marking(numbers: NDArray[np.int64], largest: int) -> NDArray[np.int64]:
-    """Return each number's rank among the different numbers of its row, through a table of [c, largest + 1] marks."""
-    marks = np.zeros((len(numbers), largest + 1), np.int32)
-    np.put_along_axis(marks, numbers, 1, axis=1)
-    order = np.cumsum(marks, axis=1, dtype=np.int32)
-    return np.take_along_axis(order, numbers, axis=1).astype(np.int64) - 1
-
-
-def _ranks_by_sorting(numbers: NDArray[np.int64], largest: int) -> NDArray[np.int64]:
-    """Return the same without a table; `largest` does not matter."""
-    order = np.argsort(numbers, axis=1, kind="stable")
-    ordered = np.take_along_axis(numbers, order, axis=1)
-    changes = np.zeros(ordered.shape, np.int64)
-    changes[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    ranks = np.empty(ordered.shape, np.int64)
-    np.put_along_axis(ranks, order, np.cumsum(changes, axis=1), axis=1)
-    return ranks

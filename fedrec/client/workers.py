@@ -94,7 +94,11 @@ class WorkerPool:
         shares = [slots[number :: len(workers)] for number in range(len(workers))]
         for worker, share in zip(workers, shares, strict=True):
             worker.send(replace(plan, slots=np.sort(share)))
-        return _added([worker.receive() for worker in workers])
+        answers = [worker.receive() for worker in workers]  # all of them: one left unread would answer the next plan
+        for answer in answers:
+            if isinstance(answer, str):
+                raise ProtocolError(answer)
+        return _added([answer for answer in answers if isinstance(answer, Tally)])
 
     def close(self) -> None:
         """Stop the workers and give the memory back."""
@@ -144,14 +148,15 @@ class _Worker:
         self._plan.write_bytes(plan.to_bytes())
         self._say({"verb": "run"})
 
-    def receive(self) -> Tally:
+    def receive(self) -> Tally | str:
+        """Return the tally, or what is wrong with the plan."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise RunError(f"A worker process died (exit code {self._process.wait()}); is there enough memory?")
         answer = json.loads(line)
         if answer["error"]:
-            raise ProtocolError(answer["error"])
+            return str(answer["error"])
         return Tally.from_bytes(self._tally.read_bytes())
 
     def stop(self) -> None:

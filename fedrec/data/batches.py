@@ -6,7 +6,7 @@ same. Sequences are left-aligned; `START` stands before the first interaction; p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec.data.log import InteractionLog
-from fedrec.random import Key
+from fedrec.random import Key, bits_of, uniforms_of
 
 START = -1
 NEVER = 2**31 - 1
@@ -105,14 +105,42 @@ def draw(cohort: Cohort, spec: BatchSpec, n_items: int, key: Key, whole_history:
     What the person already has at a position is not a negative there, as it is not a candidate when ranking; without
     `whole_history` only what the person took in the window counts as had, the way to forget old likes.
     """
+    (batch,) = draw_steps([cohort], spec, n_items, [key], whole_history)
+    return batch
+
+
+def draw_steps(
+    cohorts: Sequence[Cohort], spec: BatchSpec, n_items: int, keys: Sequence[Key], whole_history: bool = True
+) -> list[Batch]:
+    """Return what `draw` returns for each key, in one computation: many small ones cost more to start than to do.
+
+    Args:
+        cohorts: the same c clients for every key, perhaps with another window each time.
+        spec: what the model wants to see.
+        n_items: size of the catalogue.
+        keys: of the steps.
+        whole_history: see `draw`.
+    """
+    ids, c = cohorts[0].ids, len(cohorts[0])
     if spec.negatives is None:
-        negatives = np.tile(np.arange(n_items), (len(cohort), 1))
+        negatives = np.tile(np.arange(n_items), (len(keys), c, 1))
     else:
-        bits = key.child("negatives").bits(cohort.ids, spec.negatives)
-        negatives = (bits % np.uint64(n_items)).astype(np.int64)
-    seeds = (key.child("dropout").bits(cohort.ids, 1)[:, 0] >> np.uint64(33)).astype(np.int64)
+        bits = bits_of([key.child("negatives") for key in keys], ids, spec.negatives)
+        negatives = (bits - bits // np.uint64(n_items) * np.uint64(n_items)).view(np.int64)  # quicker than a remainder
+    seeds = (bits_of([key.child("dropout") for key in keys], ids, 1)[..., 0] >> np.uint64(33)).astype(np.int64)
     if spec.kind == "pairs":
-        return Batch(*_pairs(cohort, spec, key), negatives, np.full_like(negatives, NEVER), seeds)
+        never = np.full_like(negatives[0], NEVER)
+        pairs = _pairs(cohorts, spec, keys)
+        return [Batch(*pair, own, never, seed) for pair, own, seed in zip(pairs, negatives, seeds, strict=True)]
+    return [
+        _causal_batch(*each, whole_history)
+        for each in zip(cohorts, [spec] * len(keys), keys, negatives, seeds, strict=True)
+    ]
+
+
+def _causal_batch(
+    cohort: Cohort, spec: BatchSpec, key: Key, negatives: Ints, seeds: Ints, whole_history: bool
+) -> Batch:
     start, end = _window(cohort, spec, key)
     since = cohort.log.first_place(cohort.users, negatives)
     if not whole_history:
@@ -142,18 +170,28 @@ def _causal(cohort: Cohort, start: Ints, end: Ints) -> tuple[Ints, NDArray[np.bo
     return inputs, valid, targets, valid & (place >= cohort.low[:, None])
 
 
-def _pairs(cohort: Cohort, spec: BatchSpec, key: Key) -> tuple[Ints, NDArray[np.bool_], Ints, NDArray[np.bool_]]:
-    known = histories(cohort, cohort.high, spec)
-    u = key.child("targets").uniforms(cohort.ids, spec.targets)
-    place = cohort.low[:, None] + np.floor(u * (cohort.high - cohort.low)[:, None]).astype(np.int64)
-    valid = np.broadcast_to((cohort.high > cohort.low)[:, None], place.shape)
-    return known.items, known.mask, _items(cohort, place, valid), np.ascontiguousarray(valid)
+def _pairs(
+    cohorts: Sequence[Cohort], spec: BatchSpec, keys: Sequence[Key]
+) -> Iterator[tuple[Ints, NDArray[np.bool_], Ints, NDArray[np.bool_]]]:
+    """Yield inputs, their mask, targets and their mask for each step; the inputs of a cohort that stays are shared."""
+    draws = uniforms_of([key.child("targets") for key in keys], cohorts[0].ids, spec.targets)
+    known: dict[int, Histories] = {}
+    for cohort, u in zip(cohorts, draws, strict=True):
+        if id(cohort) not in known:
+            known[id(cohort)] = histories(cohort, cohort.high, spec)
+        found = known[id(cohort)]
+        width = cohort.high - cohort.low
+        place = cohort.low[:, None] + (u * width[:, None]).astype(np.int64)
+        valid = np.repeat((width > 0)[:, None], spec.targets, axis=1)
+        yield found.items, found.mask, _items(cohort, place, valid), valid
 
 
 def _items(cohort: Cohort, place: Ints, valid: NDArray[np.bool_]) -> Ints:
     """Return the items at these places of each history, 0 where not valid."""
-    rows = cohort.log.offsets[cohort.users][:, None] + place
-    return np.where(valid, cohort.log.item[np.where(valid, rows, 0)], 0).astype(np.int64)
+    rows, item = cohort.log.offsets[cohort.users][:, None] + place, np.asarray(cohort.log.item)
+    if valid.all():
+        return item.take(rows).astype(np.int64)
+    return np.where(valid, item.take(np.where(valid, rows, 0)), 0).astype(np.int64)
 
 
 def histories(cohort: Cohort, end: Ints, spec: BatchSpec) -> Histories:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fedrec import params as named
 from fedrec.client.pool import LogPool
-from fedrec.client.trainer import Trained, step_batches, train_each
-from fedrec.client.vectorised import renumber, train_batched
+from fedrec.client.rows import renumber
+from fedrec.client.trained import Trained
+from fedrec.client.trainer import step_batches, train_each
+from fedrec.client.vectorised import train_batched
 from fedrec.config import AdamConfig, SgdConfig
 from fedrec.data.batches import START, Batch, Cohort, draw
 from fedrec.data.catalog import ItemCatalog

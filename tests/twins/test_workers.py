@@ -61,11 +61,20 @@ def test_counts_and_census_are_the_same(workers: WorkerPool) -> None:
     np.testing.assert_array_equal(workers.run(plan).sums["counts"], alone.run(plan).sums["counts"])
 
 
-def test_what_a_worker_refuses_is_refused_and_the_next_plan_works(workers: WorkerPool) -> None:
-    plan = plan_to_fit(FactorisationConfig(dim=8), [1, 2, 3])
+@pytest.mark.parametrize("n", [3, 60], ids=["one worker", "both workers"])
+def test_what_a_worker_refuses_is_refused_and_the_next_plan_works(workers: WorkerPool, n: int) -> None:
+    plan = plan_to_fit(FactorisationConfig(dim=8), list(range(n)))
     with pytest.raises(ProtocolError, match="catalogue"):
         workers.run(replace(plan, catalog_digest="0" * 64))
-    assert workers.run(plan).n_clients == 3
+    assert workers.run(plan).n_clients == n
+
+
+@pytest.mark.parametrize("slots", [[0, 90], [-1, 3]], ids=str)
+def test_clients_that_are_not_there_are_refused_as_by_one_process(workers: WorkerPool, slots: list[int]) -> None:
+    plan = plan_to_fit(FactorisationConfig(dim=8), slots)
+    for pool in (workers, LogPool(DATA.log, DATA.catalog)):
+        with pytest.raises(ProtocolError, match=f"names clients {slots[0]} to {slots[1]} of 90 eligible"):
+            pool.run(plan)
 
 
 def test_a_log_on_disk_is_mapped_and_not_copied(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedrec.random import Key
+from fedrec.random import Key, bits_of, uniforms_of
 
 KEY = Key.from_seed(3)
 
@@ -92,3 +92,10 @@ def test_every_bit_is_fair() -> None:
     bits = KEY.bits(np.arange(2000), 8)
     share = np.array([((bits >> np.uint64(place)) & np.uint64(1)).mean() for place in range(64)])
     assert np.abs(share - 0.5).max() < 4.5 * 0.5 / np.sqrt(bits.size)
+
+
+def test_several_keys_at_once_give_what_each_gives_alone() -> None:
+    keys, entities = [KEY.child(step) for step in range(3)], np.array([5, 0, 2**40])
+    for key, bits, uniforms in zip(keys, bits_of(keys, entities, 4), uniforms_of(keys, entities, 4), strict=True):
+        np.testing.assert_array_equal(bits, key.bits(entities, 4))
+        np.testing.assert_array_equal(uniforms, key.uniforms(entities, 4))

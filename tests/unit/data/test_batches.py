@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedrec.data.batches import NEVER, START, Batch, BatchSpec, Cohort, draw, histories, histories_of
+from fedrec.data.batches import NEVER, START, Batch, BatchSpec, Cohort, draw, draw_steps, histories, histories_of
 from fedrec.data.log import InteractionLog
 from fedrec.random import Key
 
@@ -307,3 +307,15 @@ def test_training_and_serving_show_a_causal_model_the_same_inputs() -> None:
     for c, place in ((0, 3), (1, 5)):
         asked = histories(people, np.array([place, place]), CAUSAL)
         assert batch.inputs[c, : place + 1].tolist() == asked.items[c, : place + 1].tolist()
+
+
+@specs
+@pytest.mark.parametrize("same", [True, False], ids=["one window", "a window each"])
+def test_steps_drawn_together_are_the_steps_drawn_one_by_one(spec: BatchSpec, same: bool) -> None:
+    whole = cohort()
+    cohorts = [whole, whole if same else replace(whole, high=np.maximum(whole.high - 1, whole.low)), whole]
+    together = draw_steps(cohorts, spec, 50, keys(3))
+    for one, key, batch in zip(cohorts, keys(3), together, strict=True):
+        for part, alone in zip(batch, draw(one, spec, 50, key), strict=True):
+            assert part.dtype == alone.dtype
+            np.testing.assert_array_equal(part, alone)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from fedrec.client.vectorised import _ranks_by_marking, _ranks_by_sorting, renumber
+from fedrec.client.rows import _ranks_by_marking, _ranks_by_sorting, renumber, same_places
 from fedrec.data.batches import START, Batch
 from fedrec.random import Key
 
@@ -39,3 +40,18 @@ def test_renumbered_batches_name_the_same_items(n_items: int) -> None:
 def test_marking_and_sorting_rank_alike() -> None:
     numbers = RANDOM.integers(0, 50, (7, 30))
     np.testing.assert_array_equal(_ranks_by_marking(numbers, 49), _ranks_by_sorting(numbers, 49))
+
+
+@pytest.mark.parametrize("n_items", [5, 90, 100_000], ids=["few", "marked", "sorted"])
+def test_look_ups_of_one_row_by_one_client_share_a_number_and_no_others_do(n_items: int) -> None:
+    """70 clients are more than are marked at once."""
+    s, c, k = 3, 70, 4
+    rows = torch.from_numpy(RANDOM.integers(0, n_items, (s, c, k)))
+    rows[1, :, 0] = rows[0, :, 0]  # every client repeats one
+    places = same_places(rows)
+    assert places.shape == rows.shape
+    client = torch.arange(c)[:, None].expand(s, c, k)
+    assert torch.equal(places // (s * k), client)
+    pairs = {(int(who), int(row)) for who, row in zip(client.flatten(), rows.flatten(), strict=True)}
+    named = set(zip(client.flatten().tolist(), rows.flatten().tolist(), places.flatten().tolist(), strict=True))
+    assert len(named) == len(pairs) == len(places.unique())
