@@ -24,6 +24,7 @@ from fedrec.evaluation.asked import cooccurrence_shapes
 from fedrec.grid.in_process import InProcessGrid
 from fedrec.privacy.settings import SecureSum
 from fedrec.privacy.terms import agree_on, degree
+from fedrec.protocol.identities import SIMULATION
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import layout_of
 from fedrec.protocol.tally import Tally
@@ -96,7 +97,7 @@ def _score(experiment: Experiment, dataset: Dataset, pool: LogPool) -> float:
         def main(link: GridLink, context: Any) -> None:
             documents.append(run_experiment(experiment, dataset, link, chosen, store, command="benchmarks.masked"))
 
-        grid = InProcessGrid(client_app(lambda context: pool), [{}], {})
+        grid = InProcessGrid(client_app(lambda context: pool, lambda context: SIMULATION), [{}], {})
         server_app(main)(grid, grid.server_context())
     return float(documents[0]["releases"][0]["rows"]["release"]["all"]["metrics"]["ndcg@10"]["value"])
 

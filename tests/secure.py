@@ -14,6 +14,7 @@ from fedrec.models.configs import PopularityConfig
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import SecureSum
+from fedrec.protocol.identities import SIMULATION, SecurePolicy
 from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
@@ -55,12 +56,15 @@ class SecureLink:
         self,
         sizes: Sequence[int],
         lose: Collection[tuple[Verb, int]] = (),
+        policies: Sequence[SecurePolicy] | None = None,
         asked: Tamper = lambda verb, node, document: document,
         answered: Tamper = lambda verb, node, document: document,
     ) -> None:
+        self.policies = dict(zip(range(100, 100 + len(sizes)), policies or [SIMULATION] * len(sizes), strict=True))
         self.sizes, self.lose, self.asked, self.answered = sizes, set(lose), asked, answered
         self.pools = {100 + place: VectorPool(100 + place) for place in range(len(sizes))}
         self.memory: dict[int, bytes] = {}
+        self.told: dict[tuple[Verb, int], bytes] = {}
         self.sent: list[tuple[Verb, int, bytes]] = []
         self.verbs: list[Verb] = []
 
@@ -70,7 +74,8 @@ class SecureLink:
     def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
         self.verbs.append(verb)
         for number, document in documents.items():
-            node = SecureNode(self.pools[number], self.memory.get(number))  # type: ignore[arg-type]
+            self.told[verb, number] = document
+            node = SecureNode(self.pools[number], self.memory.get(number), self.policies[number])  # type: ignore[arg-type]
             try:
                 answer = node.answer(verb, self.asked(verb, number, document))
             except FedrecError as error:

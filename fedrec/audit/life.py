@@ -22,6 +22,7 @@ from fedrec.params import Params
 from fedrec.privacy.events import AnyEvent
 from fedrec.privacy.ledger import Charge, PrivacyLedger
 from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
+from fedrec.protocol.identities import SIMULATION
 from fedrec.server.app import GridLink
 from fedrec.server.guard import Guard, guard_of, user_level
 from fedrec.server.lifelong import Desk, Observer, run_stream
@@ -119,7 +120,7 @@ def live(
     vectors = public_vectors(experiment, catalog, slices[0].n_items)
     recipe = Recipe(experiment, digest, time.perf_counter, guard, vectors=vectors)
     state = ServerState(f"{experiment.name}/audit", experiment.digest(), digest)
-    link = GridLink(InProcessGrid(client_app(lambda context: pool), [{}], {}))
+    link = GridLink(InProcessGrid(client_app(lambda context: pool, lambda context: SIMULATION), [{}], {}))
     with tempfile.TemporaryDirectory(prefix="fedrec-audit-") as folder:
         registry = Registry(Path(folder))
         registry.prepare()

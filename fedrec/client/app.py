@@ -10,13 +10,14 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedrec.client.budget import LocalBudget
-from fedrec.client.node import KEY, hosted_pool
+from fedrec.client.node import KEY, hosted_policy, hosted_pool
 from fedrec.client.pool import ClientPool, LogPool
 from fedrec.client.secure import SecureNode
 from fedrec.config import Experiment
 from fedrec.data.sources import load_dataset
 from fedrec.errors import RunError
 from fedrec.protocol.flower import RECORD, from_record, to_record
+from fedrec.protocol.identities import SIMULATION, STRICT, SecurePolicy
 from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 
@@ -24,8 +25,15 @@ SECURE: tuple[Verb, ...] = ("advertise", "share", "mask", "unmask")
 MEMORY = "fedrec-secure"
 
 
-def client_app(pool_for: Callable[[Context], ClientPool]) -> ClientApp:
-    """Return a ClientApp whose nodes host the pools that `pool_for` gives."""
+def client_app(
+    pool_for: Callable[[Context], ClientPool], policy_for: Callable[[Context], SecurePolicy] = lambda context: STRICT
+) -> ClientApp:
+    """Return a ClientApp whose nodes host the pools that `pool_for` gives.
+
+    Args:
+        pool_for: the pool of a node.
+        policy_for: on what the node insists in secure sums; without it, it refuses noise from a seed.
+    """
     made = ClientApp()
 
     @made.query("census")
@@ -41,17 +49,19 @@ def client_app(pool_for: Callable[[Context], ClientPool]) -> ClientApp:
         return _reply(message, pool.run(plan).to_bytes(plan.coding, pool.name))
 
     for verb in SECURE:
-        made.train(verb)(_phase(verb, pool_for))
+        made.train(verb)(_phase(verb, pool_for, policy_for))
     return made
 
 
-def _phase(verb: Verb, pool_for: Callable[[Context], ClientPool]) -> Callable[[Message, Context], Message]:
+def _phase(
+    verb: Verb, pool_for: Callable[[Context], ClientPool], policy_for: Callable[[Context], SecurePolicy]
+) -> Callable[[Message, Context], Message]:
     """Return how a node answers in one phase of a secure sum; between them its secrets stay in its Flower context."""
 
     def answer(message: Message, context: Context) -> Message:
         kept = context.state.get(MEMORY)
         memory = None if kept is None else from_record(RecordDict({RECORD: kept}))
-        node = SecureNode(pool_for(context), memory)
+        node = SecureNode(pool_for(context), memory, policy_for(context))
         document = node.answer(verb, _document(message))
         context.state[MEMORY] = to_record(node.memory)[RECORD]
         return _reply(message, document)
@@ -75,6 +85,12 @@ def configured_pool(context: Context) -> ClientPool:
     """
     settings = context.node_config.get(KEY)
     return simulated_pool(context) if settings is None else hosted_pool(Path(str(settings)))
+
+
+def configured_policy(context: Context) -> SecurePolicy:
+    """Return on what the node insists that a ``node.toml`` describes; a simulated one takes noise from a seed."""
+    settings = context.node_config.get(KEY)
+    return SIMULATION if settings is None else hosted_policy(Path(str(settings)))
 
 
 def simulated_pool(context: Context) -> LogPool:
@@ -103,4 +119,4 @@ def _partition(experiment: str, partition: int, n_partitions: int, out: str) -> 
     return LogPool.partition(dataset.log, dataset.catalog, partition, n_partitions, settings.runtime.engine, budget)
 
 
-app = client_app(configured_pool)
+app = client_app(configured_pool, configured_policy)

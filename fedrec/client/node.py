@@ -28,6 +28,7 @@ from fedrec.data.log import InteractionLog
 from fedrec.data.sources import load_dataset
 from fedrec.errors import ConfigError, RunError
 from fedrec.privacy.settings import NoPrivacy, Privacy
+from fedrec.protocol.identities import Identities, SecurePolicy, read_identity
 
 SETTINGS, KEY = "node.toml", "fedrec-node"
 QUIET = {
@@ -75,6 +76,13 @@ class NodeSettings(BaseModel):
     """In mode "local": what the clients here insist on, whatever the server asks for."""
     ledgers: str = "ledgers"
     """Where the clients' own ledgers are kept in mode "local"."""
+    identity: str | None = None
+    """In mode "distributed": an Ed25519 key in PEM with which the node signs who takes part; None: it signs nothing."""
+    identities: str | None = None
+    """The public keys of the nodes that the clients here take part with, and for how many clients each speaks, as JSON;
+    None: whomever the server introduces."""
+    seeded_noise: bool = False
+    """Take noise from a seed if the server says so: for trials, it protects nobody."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -122,6 +130,20 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"Cannot read '{path}': {error}.") from error
+
+
+def hosted_policy(path: Path) -> SecurePolicy:
+    """Return on what the node of a ``node.toml`` insists in secure sums.
+
+    Raises:
+        ConfigError: it makes no sense, or a key cannot be read.
+    """
+    settings, folder = NodeSettings.load(path), path.parent
+    return SecurePolicy(
+        None if settings.identity is None else read_identity(folder / settings.identity),
+        None if settings.identities is None else Identities.load(folder / settings.identities),
+        settings.seeded_noise,
+    )
 
 
 def hosted_pool(path: Path) -> ClientPool:

@@ -19,6 +19,7 @@ from fedrec.privacy.noise import NoiseSource, SecureNoise, SeededNoise, Uniforms
 from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms
 from fedrec.protocol import wire
+from fedrec.protocol.identities import IDENTITY_BYTES, STRICT, SecurePolicy, signed, verify
 from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import (
@@ -47,9 +48,10 @@ class SecureNode:
     of one node go into one masked sum, in which the masks between them cancel, so those are not computed.
     """
 
-    def __init__(self, pool: ClientPool, memory: bytes | None = None) -> None:
+    def __init__(self, pool: ClientPool, memory: bytes | None = None, policy: SecurePolicy = STRICT) -> None:
         """Go on from `memory`, or start."""
-        self._pool = pool
+        self._pool, self._policy = pool, policy
+        self._speakers, self._speaker_of = np.zeros((0, IDENTITY_BYTES), np.uint8), np.zeros(0, np.int64)
         self._sessions: list[str] = []
         self._terms: Terms | None = None
         self._parties: dict[int, Party] = {}
@@ -75,6 +77,8 @@ class SecureNode:
         if request.session != request.terms.session or request.session in self._sessions:
             raise MaskingError("This session of a secure sum was held before; a new one needs a new name.")
         request.terms.check()
+        if request.terms.noise == "seed" and not self._policy.seeded_noise:
+            raise MaskingError("The server asks for noise from a seed, which protects nobody; this node refuses it.")
         numbers, slots = request.parties.tolist(), request.slots.tolist()
         if len(set(numbers)) != len(numbers) or len(set(slots)) != len(slots):
             raise MaskingError("The server names a client twice.")
@@ -84,7 +88,10 @@ class SecureNode:
         self._terms = request.terms
         self._parties = {n: Party(request.terms, n, slot) for n, slot in zip(numbers, slots, strict=True)}
         adverts = np.stack([party.advert() for party in self._parties.values()])
-        return AdvertiseReply(request.session, request.parties, adverts)
+        speaker, signature = signed(
+            self._policy.identity, "advertise", request.session, request.parties, adverts.tobytes()
+        )
+        return AdvertiseReply(request.session, request.parties, adverts, speaker, signature)
 
     def _share(self, request: ShareRequest) -> ShareReply:
         parties = self._called(request.session, request.parties)
@@ -93,6 +100,7 @@ class SecureNode:
         place = {number: at for at, number in enumerate(request.known.tolist())}
         if not set(request.neighbours.ravel().tolist()) <= place.keys():
             raise MaskingError("The server names neighbours without their keys.")
+        self._check_introduced(request)
         self._parties = {party.number: party for party in parties}
         shared = [
             party.share(
@@ -128,10 +136,13 @@ class SecureNode:
                 units += extra_noise(noise_key(party.root, terms.session, party.number), noise.extra, len(units))
             party.mask(total, units, together)
         self._parties = {party.number: party for party in staying}
-        return MaskReply(request.session, np.array([party.number for party in staying], np.int64), total)
+        numbers = np.array([party.number for party in staying], np.int64)
+        _, signature = signed(self._policy.identity, "mask", request.session, numbers)
+        return MaskReply(request.session, numbers, total, signature)
 
     def _unmask(self, request: UnmaskRequest) -> UnmaskReply:
         parties = self._called(request.session, request.parties)
+        self._check_arrived(request)
         told: list[tuple[int, Bytes, Bytes]] = []
         for party in parties:
             kinds, shares = party.unmask(request.arrived)
@@ -145,6 +156,37 @@ class SecureNode:
             np.array([kinds for _, kinds, _ in told], np.uint8).reshape(-1, k + 1),
             np.array([shares for _, _, shares in told], np.uint8).reshape(-1, k + 1, SHARE_BYTES),
         )
+
+    def _check_introduced(self, request: ShareRequest) -> None:
+        """Count who advertised: each must be spoken for by a node that is known, and for no more than its clients."""
+        if self._policy.known is None:
+            return
+        spoken = request.speaker_of
+        if len(request.known) != request.n_parties or not ((spoken >= 0) & (spoken < len(request.speakers))).all():
+            raise MaskingError("The server does not show who vouches for each client; this node takes part with none.")
+        if len({speaker.tobytes() for speaker in request.speakers}) != len(request.speakers):
+            raise MaskingError("The server names a node twice.")
+        for at, (speaker, signature) in enumerate(zip(request.speakers, request.signatures, strict=True)):
+            own = np.flatnonzero(spoken == at)
+            self._policy.known.check(speaker, len(own))
+            said = request.adverts[own].tobytes()
+            verify(speaker, signature, "advertise", request.session, request.known[own], said)
+        self._speakers = request.speakers
+        self._speaker_of = np.full(self._known_terms.n_asked, -1, np.int64)
+        self._speaker_of[request.known] = spoken
+
+    def _check_arrived(self, request: UnmaskRequest) -> None:
+        """Count whose contributions arrived: each node must have signed exactly those of its clients."""
+        if self._policy.known is None:
+            return
+        if len(request.signatures) != len(self._speakers) or len(request.arrived) != len(self._speaker_of):
+            raise MaskingError("The server tells of other clients than it introduced.")
+        if (self._speaker_of[request.arrived] < 0).any():
+            raise MaskingError("The server claims contributions of clients that it did not introduce.")
+        for at, (speaker, signature) in enumerate(zip(self._speakers, request.signatures, strict=True)):
+            sent = np.flatnonzero(request.arrived & (self._speaker_of == at))
+            if len(sent):
+                verify(speaker, signature, "mask", request.session, sent)
 
     def _pretend(self, parties: list[Party], plan: RoundPlan) -> list[Party]:
         """Return who does not fall silent before contributing, where a simulation asks for that."""
@@ -187,6 +229,7 @@ class SecureNode:
         tensors: dict[str, Array] = {
             name: np.array([getattr(party, name) for party in parties], np.int64) for name in PLAIN
         }
+        tensors |= {"speakers": self._speakers, "speaker_of": self._speaker_of}
         if parties:
             tensors |= {name: np.stack([party.to_state()[name] for party in parties]) for name in STATE}
         return wire.pack("secure-memory", header, tensors)
@@ -198,6 +241,7 @@ class SecureNode:
         except ValidationError as error:
             raise MaskingError(f"What the node remembers of a secure sum is damaged: {error}") from error
         self._sessions = list(header["sessions"])
+        self._speakers, self._speaker_of = tensors["speakers"], tensors["speaker_of"]
         for at, numbers in enumerate(zip(*(tensors[name].tolist() for name in PLAIN), strict=True)):
             plain = dict(zip(PLAIN, numbers, strict=True)) | {"silent": bool(tensors["silent"][at])}
             arrays = {name: tensors[name][at] for name in STATE}

@@ -17,6 +17,7 @@ from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.data.sources import load_dataset
 from fedrec.grid.in_process import SERVER_NODE_ID, InProcessGrid
+from fedrec.protocol.identities import SIMULATION
 from fedrec.server.app import GridLink, server_app
 from fedrec.server.lifelong import Observer
 from fedrec.server.registry import Registry
@@ -70,7 +71,7 @@ def simulate(
         pools = [
             _pool(experiment, data, index, chosen.path / LEDGERS, stack) for index in range(experiment.runtime.nodes)
         ]
-        app = client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1])
+        app = client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1], lambda context: SIMULATION)
         grid = InProcessGrid(app, [{}] * len(pools), {})
         server_app(main)(grid, grid.server_context())
     return documents[0], chosen.path

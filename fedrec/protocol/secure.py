@@ -19,6 +19,7 @@ from fedrec.privacy.masking import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Ring
 from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms
 from fedrec.protocol import wire
+from fedrec.protocol.identities import IDENTITY_BYTES, SIGNATURE_BYTES
 
 ADVERT = 3 * KEY_BYTES
 """Bytes of an advertisement: a key for letters, a key for masks, the commitment to the party's seed."""
@@ -101,17 +102,27 @@ class AdvertiseRequest(_Document):
 
 @dataclass(frozen=True)
 class AdvertiseReply(_Document):
-    """The keys of those who take part."""
+    """The keys of those who take part, signed by their node if it has an identity."""
 
     KIND = "secure-advertise"
-    SHAPES: ClassVar[Shaped] = {"parties": ("int64", ("m",)), "adverts": ("uint8", ("m", ADVERT))}
+    SHAPES: ClassVar[Shaped] = {
+        "parties": ("int64", ("m",)),
+        "adverts": ("uint8", ("m", ADVERT)),
+        "speaker": ("uint8", ("i",)),
+        "signature": ("uint8", ("s",)),
+    }
     parties: Ints
     adverts: Bytes
+    speaker: Bytes
+    signature: Bytes
 
 
 @dataclass(frozen=True)
 class ShareRequest(_Document):
-    """Tells each party its neighbours and their keys (of the `known` ones), and asks for shares of its secrets."""
+    """Tells each party its neighbours and their keys (of the `known` ones), and asks for shares of its secrets.
+
+    Where nodes sign, everybody is known, with the signature of each of the z nodes and which of them spoke.
+    """
 
     KIND = "secure-share-request"
     SHAPES: ClassVar[Shaped] = {
@@ -119,12 +130,18 @@ class ShareRequest(_Document):
         "neighbours": ("int64", ("m", "k")),
         "known": ("int64", ("q",)),
         "adverts": ("uint8", ("q", ADVERT)),
+        "speaker_of": ("int64", ("q",)),
+        "speakers": ("uint8", ("z", IDENTITY_BYTES)),
+        "signatures": ("uint8", ("z", SIGNATURE_BYTES)),
     }
     n_parties: int
     parties: Ints
     neighbours: Ints
     known: Ints
     adverts: Bytes
+    speaker_of: Ints
+    speakers: Bytes
+    signatures: Bytes
 
 
 @dataclass(frozen=True)
@@ -162,19 +179,32 @@ class MaskReply(_Document):
     """The sum of the masked contributions of `parties`, which is as masked as each of them."""
 
     KIND = "secure-mask"
-    SHAPES: ClassVar[Shaped] = {"parties": ("int64", ("m",)), "total": ("", ("d",))}
+    SHAPES: ClassVar[Shaped] = {
+        "parties": ("int64", ("m",)),
+        "total": ("", ("d",)),
+        "signature": ("uint8", ("s",)),
+    }
     parties: Ints
     total: Ring
+    signature: Bytes
 
 
 @dataclass(frozen=True)
 class UnmaskRequest(_Document):
-    """Tells whose contributions arrived, by number, and asks for shares of their and the others' secrets."""
+    """Tells whose contributions arrived, by number, and asks for shares of their and the others' secrets.
+
+    With what each node signed of those that it sent, in the order of `ShareRequest.speakers`; zeros if it sent none.
+    """
 
     KIND = "secure-unmask-request"
-    SHAPES: ClassVar[Shaped] = {"parties": ("int64", ("m",)), "arrived": ("bool", ("n",))}
+    SHAPES: ClassVar[Shaped] = {
+        "parties": ("int64", ("m",)),
+        "arrived": ("bool", ("n",)),
+        "signatures": ("uint8", ("z", SIGNATURE_BYTES)),
+    }
     parties: Ints
     arrived: Flags
+    signatures: Bytes
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import SecureSum
 from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms, agree_on
+from fedrec.protocol.identities import IDENTITY_BYTES, SIGNATURE_BYTES
 from fedrec.protocol.link import Link, Verb
 from fedrec.protocol.secure import (
     ADVERT,
@@ -117,11 +118,11 @@ def secure_gather(
 
 def upload_bytes(terms: Terms, k: int) -> int:
     """Return what a client sends that is alone on its node and has k neighbours, in bytes: documents as they travel."""
-    one, session = np.zeros(1, np.int64), terms.session
+    one, session, signature = np.zeros(1, np.int64), terms.session, np.zeros(SIGNATURE_BYTES, np.uint8)
     answers = (
-        AdvertiseReply(session, one, np.zeros((1, ADVERT), np.uint8)),
+        AdvertiseReply(session, one, np.zeros((1, ADVERT), np.uint8), np.zeros(IDENTITY_BYTES, np.uint8), signature),
         ShareReply(session, one, np.zeros((1, k, SEALED), np.uint8)),
-        MaskReply(session, one, np.zeros(terms.n_values, terms.grid.dtype)),
+        MaskReply(session, one, np.zeros(terms.n_values, terms.grid.dtype), signature),
         UnmaskReply(session, one, np.zeros((1, k + 1), np.uint8), np.zeros((1, k + 1, SHARE_BYTES), np.uint8)),
     )
     return sum(len(answer.to_bytes()) for answer in answers)

@@ -17,6 +17,7 @@ from fedrec.privacy.discrete import extra_noise
 from fedrec.privacy.masking import KEY_BYTES, KeyPair, Ring, add_mask, commitment, derive, noise_key, seed_of
 from fedrec.privacy.shares import join
 from fedrec.privacy.terms import Terms, degree, ring_neighbours
+from fedrec.protocol.identities import IDENTITY_BYTES, SIGNATURE_BYTES, verify
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import (
     ADVERT,
@@ -71,6 +72,8 @@ class SecureSumServer:
         self._letters: dict[int, Bytes] = {}
         self.arrived: set[int] = set()
         self._total: Ring = np.zeros(terms.n_values, terms.grid.dtype)
+        self._signed: dict[int, tuple[Bytes, Bytes]] = {}
+        self._sent: dict[int, Bytes] = {}
         self._kinds: Bytes = np.zeros(0, np.uint8)
         self._shares: dict[int, dict[int, bytes]] = {}
 
@@ -98,6 +101,11 @@ class SecureSumServer:
         keys = [row.tobytes()[at : at + KEY_BYTES] for row in reply.adverts for at in (0, KEY_BYTES)]
         if len(set(keys)) != len(keys) or self._keys & set(keys):
             raise MaskingError("it advertises a key twice, or one that another client has")
+        if len(reply.signature):
+            verify(reply.speaker, reply.signature, "advertise", reply.session, reply.parties, reply.adverts.tobytes())
+            if any(speaker.tobytes() == reply.speaker.tobytes() for speaker, _ in self._signed.values()):
+                raise MaskingError("it signs with the key of another node")
+            self._signed[node] = reply.speaker, reply.signature
         self._keys.update(keys)
         self._adverts.update(zip(numbers, (row.tobytes() for row in reply.adverts), strict=True))
 
@@ -108,16 +116,22 @@ class SecureSumServer:
             MaskingError: too few clients advertised keys.
         """
         self._close(1)
+        self._leave_out_unsigned()
         self._require(len(self._adverts), self.terms.settings.minimum, "advertised keys")
         order = sorted(self._adverts)
         SystemRandom().shuffle(order)
         self.neighbours = ring_neighbours(order, degree(len(order), self.terms.settings))
-        found = {}
+        found, speakers = {}, list(self._signed)
         for node, own in self._by_node(self._adverts).items():
             rows = np.array([self.neighbours[int(n)] for n in own], np.int64)
-            known = np.unique(rows)
+            known = _ints(sorted(self._adverts)) if self._signed else np.unique(rows)
             adverts = np.frombuffer(b"".join(self._adverts[int(n)] for n in known), np.uint8).reshape(-1, ADVERT)
-            found[node] = ShareRequest(self.terms.session, len(order), own, rows, known, adverts)
+            spoken = _ints(speakers.index(self.node_of[int(n)]) if self._signed else -1 for n in known)
+            found[node] = ShareRequest(
+                self.terms.session, len(order), own, rows, known, adverts, spoken,
+                _rows([self._signed[speaker][0] for speaker in speakers], IDENTITY_BYTES),
+                _rows([self._signed[speaker][1] for speaker in speakers], SIGNATURE_BYTES),
+            )  # fmt: skip
         return found
 
     def shared(self, node: int, reply: ShareReply) -> None:
@@ -170,6 +184,9 @@ class SecureSumServer:
             raise MaskingError(
                 f"its sum is {reply.total.dtype}{reply.total.shape}, not {self._total.dtype}{self._total.shape}"
             )
+        if node in self._signed:
+            verify(self._signed[node][0], reply.signature, "mask", reply.session, reply.parties)
+            self._sent[node] = reply.signature
         if numbers:
             self._total += reply.total
             self.arrived.update(numbers)
@@ -185,8 +202,11 @@ class SecureSumServer:
         arrived = np.zeros(self.terms.n_asked, np.bool_)
         arrived[list(self.arrived)] = True
         self._kinds = kinds_of(self.terms, self.n_parties, arrived)
+        nothing = np.zeros(SIGNATURE_BYTES, np.uint8)
+        signatures = _rows([self._sent.get(node, nothing) for node in self._signed], SIGNATURE_BYTES)
         return {
-            node: UnmaskRequest(self.terms.session, own, arrived) for node, own in self._by_node(self.arrived).items()
+            node: UnmaskRequest(self.terms.session, own, arrived, signatures)
+            for node, own in self._by_node(self.arrived).items()
         }
 
     def unmasked(self, node: int, reply: UnmaskReply) -> None:
@@ -259,6 +279,14 @@ class SecureSumServer:
             )
         return join(dict(sorted(shares.items())[:needed]))
 
+    def _leave_out_unsigned(self) -> None:
+        """Where most clients come signed, go on with them alone; where most do not, without signatures."""
+        vouched = [number for number in self._adverts if self.node_of[number] in self._signed]
+        if 2 * len(vouched) > len(self._adverts):
+            self._adverts = {number: self._adverts[number] for number in vouched}
+        else:
+            self._signed = {}
+
     def _require(self, found: int, needed: int, did: str) -> None:
         if found < needed:
             raise MaskingError(f"Only {found} clients {did} where {needed} must; the secure sum ends here, unopened.")
@@ -285,6 +313,10 @@ class SecureSumServer:
         for number in sorted(numbers):
             found.setdefault(self.node_of[number], []).append(number)
         return {node: np.array(own, np.int64) for node, own in found.items()}
+
+
+def _rows(values: list[Bytes], width: int) -> Bytes:
+    return np.array(values, np.uint8).reshape(-1, width)
 
 
 def _ints(values: Any) -> Ints:
