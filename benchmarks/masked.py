@@ -135,6 +135,10 @@ def _traffic(experiment: Experiment, n_items: int, n_people: int) -> list[Row]:
         terms = agree_on("0" * 32, 0, 0, SecureSum(), n_people, layout, 1.0, 1.0, "system")
         sent = upload_bytes(terms, degree(n_people, SecureSum()))
         rows.append(claim(f"upload of a client alone on its node: {name}", sent, "bytes", "<=", MOST_BYTES))
+    for silent in (0.0, SILENT / 2, SILENT):
+        found = terms.noise_excess(n_people, n_people - round(silent * n_people))
+        what = f"variance of the noise over what was charged, {silent:.0%} silent before contributing"
+        rows += [claim(what, found, "x", "<=", 1.01), claim(f"{what}: never below", found, "x", ">=", 1.0)]
     return rows
 
 
