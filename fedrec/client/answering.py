@@ -109,19 +109,22 @@ def _masked(
     now: int,
 ) -> Answer:
     from fedrec.client.secure import SecureNode  # cryptography's half of the work: only who takes part in it loads it
+    from fedrec.protocol.identities import SecurePolicy
     from fedrec.protocol.secure import AdvertiseRequest, MaskRequest
+
+    policy = SecurePolicy(seeded_noise=limits.simulation)
 
     if verb == "advertise":
         _check_terms(AdvertiseRequest.from_bytes(document).terms, limits)
     if verb != "mask":
-        node = SecureNode(_Alone(pool), kept_secrets(store))
+        node = SecureNode(_Alone(pool), kept_secrets(store), policy)
         reply = node.answer(verb, document)
         return Answer(reply, {"what": _SAID.get(verb, verb)}, None, node.memory)
-    agreed_on = SecureNode(_Alone(pool), kept_secrets(store)).terms
+    agreed_on = SecureNode(_Alone(pool), kept_secrets(store), policy).terms
     if agreed_on is None:
         raise PlanRefused("The plan belongs to a masked sum that this device did not begin.")
     plan, sent, part = _agreed(store, pool, trusted, limits, envelope, agreed_on, now)
-    node = SecureNode(_Alone(pool), kept_secrets(store))
+    node = SecureNode(_Alone(pool), kept_secrets(store), policy)
     request = MaskRequest.from_bytes(document)
     reply = node.answer(verb, replace(request, plan=np.frombuffer(plan.to_bytes(), np.uint8)).to_bytes())
     return Answer(reply, {**sent, "masked": True}, part, node.memory)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedrec.client.device_pool import DevicePool
-from fedrec.client.node import NodeSettings, hosted_pool, person_number, reason, renumbered
+from fedrec.client.node import NodeSettings, hosted_policy, hosted_pool, person_number, reason, renumbered
 from fedrec.client.pool import LogPool
 from fedrec.client.store import Store
 from fedrec.data.catalog import ItemCatalog
@@ -90,3 +90,19 @@ def test_flowers_last_words_are_put_plainly() -> None:
         "host:1: the server's certificate has expired; make a new one there with `fedrec server renew`."
     )
     assert reason(["something else"], settings) == "Flower said: something else"
+
+
+def test_a_node_insists_in_secure_sums_on_what_its_file_says(tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    plain = hosted_policy(write(tmp_path, data="data"))
+    assert (plain.identity, plain.known, plain.seeded_noise) == (None, None, False)
+    key = Ed25519PrivateKey.generate()
+    (tmp_path / "id.key").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (tmp_path / "ids.json").write_text(f'{{"{key.public_key().public_bytes_raw().hex()}": 3}}')
+    policy = hosted_policy(write(tmp_path, data="data", identity="id.key", identities="ids.json", seeded_noise=True))
+    assert policy.identity is not None
+    assert policy.known is not None
+    assert list(policy.known.clients_of.values()) == [3]
+    assert policy.seeded_noise
