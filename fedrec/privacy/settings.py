@@ -118,6 +118,9 @@ class UserLevelPrivacy(_Settings):
     """L2 bound of one person's counts."""
     statistics: float = Field(default=1.0, gt=0)
     """Noise multiplier of the co-occurrence statistic of a slice, if `training.statistics` asks for one."""
+    later_noise: float = Field(default=1.0, gt=0)
+    """Factor on all multipliers in slices after the first: above 1 more of the budget goes to the base, on which every
+    later release builds; 1 treats all slices alike."""
     metrics: Literal["private", "research"] = "private"
     """"private" adds noise to metrics and charges them; "research" reports exact ones, for a simulation on data that is
     public anyway: the guarantee then covers the releases, not the report."""

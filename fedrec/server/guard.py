@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from fedrec.config import Experiment, PoissonCohort, TurnCohort
 from fedrec.errors import PrivacyError
@@ -45,6 +45,10 @@ class Guard:
     root: Key | None
     population: tuple[int, int]
     stages: Stages
+
+    def at(self, slice_index: int) -> Self:
+        """Return the guard of a slice: where the life is planned unevenly, its noise differs from that of the first."""
+        return replace(self, scale=slice_scale(self.settings, self.scale, slice_index))
 
     def people(self, slice_index: int) -> int:
         """Return the public number of people in a slice."""
@@ -95,7 +99,9 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
     if isinstance(settings, DistributedPrivacy):
         _check_masked(experiment, settings, population)
     events: list[tuple[str, Event]] = []
+    whole = scale
     for index in range(experiment.n_slices):
+        scale = slice_scale(settings, whole, index)
         judged = JUDGED + (index > 0 and experiment.evaluation.promotion_margin is not None)  # its parent as well
         stage = training.base if index == 0 else training.later
         events.append((f"slice {index}: popularity counts", GaussianEvent(noise_multiplier=settings.count * scale)))
@@ -114,6 +120,11 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
             noise = settings.metrics_noise * scale
             events.append((f"slice {index}: metrics", GaussianEvent(noise_multiplier=noise, count=judged)))
     return events
+
+
+def slice_scale(settings: UserLevelPrivacy, scale: float, index: int) -> float:
+    """Return the factor on all noise multipliers in a slice."""
+    return scale * settings.later_noise if index else scale
 
 
 def _check_codec(codec: AnyCodec) -> None:
@@ -221,7 +232,7 @@ def _check_count(experiment: Experiment, population: tuple[int, int], scale: flo
     settings, training = user_level(experiment), experiment.training
     adaptive = adaptive_clipping(settings)
     if adaptive is not None and isinstance(training.cohort, PoissonCohort):
-        multiplier = settings.fit * scale
+        multiplier = settings.fit * scale * min(1.0, settings.later_noise if experiment.n_slices > 1 else 1.0)
         cohort = min(training.cohort.expected, *population)
         AdaptiveMechanism(training.local.clip_norm, multiplier, count_noise(adaptive, cohort, multiplier))
 

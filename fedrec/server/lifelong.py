@@ -118,7 +118,9 @@ def run_stream(
         RunError: no node or no client is there, or all fail.
         RegistryError: a release or a checkpoint cannot be written.
     """
+    whole = recipe.guard
     for time_slice in slices[state.slice :]:
+        recipe = replace(recipe, guard=None if whole is None else whole.at(time_slice.index))
         desk.due(time_slice)
         state = _learn(state, link, time_slice, recipe, desk)
         if recipe.experiment.training.distil is not None:

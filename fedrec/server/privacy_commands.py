@@ -30,6 +30,9 @@ def plan(
     as_given: Annotated[
         bool, typer.Option("--as-given", help="Tell the epsilon of the noise as the experiment gives it, unscaled.")
     ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Beside it: a fresh budget for every slice, and equal parts of one.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell what the planned life of an experiment spends, release by release, and with how much noise."""
@@ -37,6 +40,8 @@ def plan(
 
     settings = wanted(Experiment.find(experiment), epsilon, delta, as_given)
     document = plan_document(settings, population)
+    if compare:
+        document["ways"] = ways(settings, population)
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
@@ -50,6 +55,19 @@ def plan(
         f"delta {document['delta']:g}, budget {document['budget']:g}; unit: {document['unit']}, "
         f"{document['adjacency']}; {_people(document)}"
     )
+    if compare:
+        _table(
+            f"Ways to spend over {settings.n_slices} slices",
+            ("way", "factor on the noise", "epsilon it names", "epsilon of the whole life"),
+            [
+                (way["way"], f"{way['scale']:.3f}", f"{way['named']:.4f}", f"{way['epsilon']:.4f}")
+                for way in document["ways"]
+            ],
+        )
+        typer.echo(
+            "A budget that is renewed for every slice names a small epsilon and spends the large one: somebody who is "
+            "there all life long is in every slice."
+        )
     if document["warning"]:
         typer.echo(document["warning"], err=True)
 
@@ -145,6 +163,43 @@ def plan_document(experiment: Experiment, population: int | None) -> dict[str, A
             {"purpose": name, "sampling": 1.0, "count": 1, **event.model_dump(mode="json")} for name, event in life
         ],
     }
+
+
+def ways(experiment: Experiment, population: int | None) -> list[dict[str, Any]]:
+    """Return what a life costs by three ways of planning it; all are accounted over the whole life.
+
+    Returns:
+        "way"; "scale": factor on the noise multipliers; "named": the epsilon that the way goes by; "epsilon": what
+        somebody who takes part in every slice really spends.
+
+    Raises:
+        PrivacyError: the experiment is not private at user level.
+    """
+    from fedrec.privacy.accounting import calibrate, epsilon
+    from fedrec.server.guard import calibrated, planned, populations, user_level
+
+    settings = user_level(experiment)
+    people = populations(settings, population or settings.population or _counted(experiment))
+    n, budget, delta = experiment.n_slices, settings.epsilon, settings.delta
+
+    def life(scale: float) -> list[Any]:
+        return [event for _, event in planned(experiment, people, scale)]
+
+    def one_slice(scale: float) -> list[Any]:
+        # The dearest slice: a budget per slice has to hold in each.
+        found = planned(experiment, people, scale)
+        parts = [[e for name, e in found if name.startswith(f"slice {i}:")] for i in range(n)]
+        return max(parts, key=lambda part: epsilon(part, delta, "rdp"))
+
+    scales = {
+        "one budget over the whole life": (calibrated(experiment, people), budget),
+        "the budget anew for every slice": (calibrate(one_slice, budget, delta), budget),
+        "equal parts of the budget, added up": (calibrate(one_slice, budget / n, delta / n), budget),
+    }
+    return [
+        {"way": way, "scale": scale, "named": named, "epsilon": epsilon(life(scale), delta)}
+        for way, (scale, named) in scales.items()
+    ]
 
 
 def _counted(experiment: Experiment) -> int:
