@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedrec.errors import RunError
 from fedrec.evaluation import plots
-from fedrec.evaluation.words import Record, cell, group_name, metric_name, pick_metric, row_name, score, size
+from fedrec.evaluation.words import Record, cell, group_name, made, metric_name, pick_metric, row_name, score, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -233,7 +233,8 @@ def _release(release: Record) -> dict[str, Any]:
         for g in groups
     ]
     known = {name: release.get(name) for name in RELEASE_FIELDS}
-    return known | {"metrics": metrics, "table": table, "differences": release.get("differences") or {}}
+    others = {"differences": release.get("differences") or {}, "notes": made(release)}
+    return known | {"metrics": metrics, "table": table} | others
 
 
 def _phases(rounds: Sequence[Record]) -> list[dict[str, Any]]:

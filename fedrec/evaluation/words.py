@@ -94,3 +94,27 @@ def size(n_bytes: float | None) -> str:
     divisor, unit = byte_unit(n_bytes)
     amount = n_bytes / divisor
     return f"{amount:.1f} {unit}" if amount < 10 and divisor > 1 else f"{amount:,.0f} {unit}"
+
+
+def made(release: Record) -> list[str]:
+    """Return what else a reader should know of how a release was made: who taught it, its device student, drift.
+
+    >>> made({"drift": {"alarm": True, "speed": 2.0}})
+    ['Drift: the alarm sounded after this release, so the next slice learns 2 times as fast.']
+    """
+    found: list[str] = []
+    lesson, student, drift = (release.get(name) or {} for name in ("lesson", "student", "drift"))
+    if lesson.get("teachers"):
+        names = ", ".join(f"{name} (weight {one['weight']:g})" for name, one in lesson["teachers"].items())
+        steps = lesson.get("step", 0)
+        found.append(f"Taught after its rounds, {steps:,} steps on synthetic histories, by: {names}. Added epsilon: 0.")
+    if student.get("n_params"):
+        found.append(
+            f"Device student: {student['n_params']:,} parameters ({student['share_of_params']:.1%} of the release's), "
+            f"{size(student['bytes'])}. Added epsilon: 0."
+        )
+    if drift.get("alarm"):
+        found.append(
+            f"Drift: the alarm sounded after this release, so the next slice learns {drift['speed']:g} times as fast."
+        )
+    return found

@@ -633,3 +633,17 @@ def test_nothing_heavy_is_loaded_before_it_is_needed() -> None:
 def test_drawing_leaves_pyplot_alone() -> None:
     code = "import sys, fedrec.evaluation.plots as p; p.draw_all({}); print('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_release_says_who_taught_it_its_student_and_drift() -> None:
+    document = a_document(1)
+    document["releases"][-1] |= {
+        "lesson": {"step": 100, "teachers": {"statistic": {"weight": 3.0}, "fitted": {"weight": 1.0}}, "epsilon": 0.0},
+        "student": {"n_params": 1234, "share_of_params": 0.0961, "bytes": 4936},
+        "drift": {"alarm": True, "speed": 2.0},
+    }
+    page = report.render_html(document)
+    assert "100 steps on synthetic histories, by: statistic (weight 3), fitted (weight 1). Added epsilon: 0." in page
+    assert "1,234 parameters (9.6% of the release" in page
+    assert "the next slice learns 2 times as fast" in page
+    assert "synthetic histories" not in report.render_html(a_document(1))
