@@ -221,6 +221,41 @@ def node(
     run_node(folder, lambda line: print(line, flush=True))
 
 
+@app.command()
+def doctor(
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of a deployment or of a node; nothing: this machine alone.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Look at versions, clock, disk, ports, certificates and data, and say what to do; exit with 1 if one is wrong."""
+    from fedrec.checkup import as_document, clock, disk, python_and_packages
+
+    found = [*python_and_packages(), clock()]
+    if folder is None:
+        found.append(disk(Path.cwd()))
+    elif (folder / "node.toml").is_file():
+        from fedrec.client.node import checkup
+
+        found += checkup(folder)
+    else:
+        _need("torch", "flwr")
+        from fedrec.server.deployment import DeploymentFolder
+        from fedrec.server.supervisor import running
+
+        place = DeploymentFolder(folder)
+        found += place.checkup(running(place) is not None)
+    if as_json:
+        print(json.dumps({"findings": as_document(found)}))
+    else:
+        for one in found:
+            print(f"{'ok  ' if one.ok else 'BAD '} {one.what}: {one.said}")
+            if one.fix:
+                print(f"     fix: {one.fix}")
+    if not all(one.ok for one in found):
+        raise typer.Exit(1)
+
+
 def _expected(experiment: Experiment) -> float:
     """Return how many clients a round asks for, as far as the experiment says."""
     from fedrec.config import FixedCohort, PoissonCohort

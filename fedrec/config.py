@@ -6,9 +6,9 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedrec.data.features import FeatureSettings
 from fedrec.data.slices import LastWindow, TimeWindow
@@ -149,6 +149,49 @@ class StatisticsConfig(CooccurrenceSettings):
         return CooccurrenceTask(window=window, **self.model_dump(exclude={"features"}))
 
 
+class Mean(_Settings):
+    """The mean over all clients: exact, and at the mercy of whoever lies within the clip norm."""
+
+    kind: Literal["mean"] = "mean"
+
+
+class Median(_Settings):
+    """The median over nodes, number by number; it forgets tastes that less than half of the nodes share."""
+
+    kind: Literal["median"] = "median"
+
+
+class TrimmedMean(_Settings):
+    """The mean over nodes, number by number, without the highest and the lowest."""
+
+    kind: Literal["trimmed_mean"] = "trimmed_mean"
+    share: float = Field(default=0.1, ge=0, lt=0.5)
+    """Share of the nodes that is left out on each side."""
+
+
+class Krum(_Settings):
+    """The mean of the updates that lie closest to their neighbours."""
+
+    kind: Literal["krum"] = "krum"
+    share: float = Field(default=0.1, ge=0, lt=0.5)
+    """Share of the nodes that may lie."""
+    multi: bool = True
+    """Keep all but that share; if not, one update alone."""
+
+
+class Bounded(_Settings):
+    """The mean over clients of updates that are shortened to what is usual, as a whole and for each item."""
+
+    kind: Literal["bounded"] = "bounded"
+    norm_factor: float = Field(default=1.5, gt=0)
+    """Longest update, in medians of the nodes' norms."""
+    item_factor: float = Field(default=2.0, gt=0)
+    """Longest row of an item, in medians over the nodes that moved the item."""
+
+
+AnyAggregate = Mean | Median | TrimmedMean | Krum | Bounded
+
+
 class TrainingConfig(_Settings):
     """How the shared model learns."""
 
@@ -181,6 +224,15 @@ class TrainingConfig(_Settings):
     """How the shared parameters travel to nodes in a round of training; "float16" or "bfloat16" halve it."""
     timeout_seconds: float | None = Field(default=None, gt=0)
     """How long a round waits for its nodes; None: until they answer."""
+    aggregate: Annotated[AnyAggregate, Field(discriminator="kind")] = Mean()
+    """How nodes' updates become one. All but the mean look at single updates: the auditable mode, never with masks or
+    noise of the server."""
+    over_selection: float = Field(default=0.0, ge=0, le=4)
+    """By what share more clients are asked than the cohort says; the round is closed when a cohort of them is in."""
+    minimum_share: float = Field(default=0.0, ge=0, le=1)
+    """A round with fewer of its cohort than this share is abandoned: nothing of it is learnt."""
+    quarantine_after: int | None = Field(default=3, ge=1)
+    """A node that so often sent what no honest node sends is asked no more; None: it is, and refused each time."""
 
 
 class LocalOnlyConfig(_Settings):
@@ -240,6 +292,24 @@ class Experiment(_Settings):
     privacy: Privacy = NoPrivacy()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _legal(self) -> Self:
+        """Refuse mixtures whose promise nobody could keep."""
+        training, mode = self.training, self.privacy.mode
+        if mode not in ("central", "distributed"):
+            return self
+        if not isinstance(training.aggregate, Mean):
+            raise ValueError(
+                f'training.aggregate.kind = "{training.aggregate.kind}" looks at single updates, which privacy.mode = '
+                f'"{mode}" hides or sums up with noise sized for a mean; use "mean", or privacy.mode "none" or "local"'
+            )
+        if training.over_selection or training.minimum_share:
+            raise ValueError(
+                f'In privacy.mode = "{mode}" the ledger accounts for the cohort that is asked, and a sum is divided by '
+                "a public number whoever answers; leave training.over_selection and training.minimum_share at 0"
+            )
+        return self
 
     @property
     def n_slices(self) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,11 @@ class PoolLink:
             from fedrec.protocol.plan import Census
 
             request = CensusRequest.from_bytes(document)
-            return Census(node=pool.name, n_clients=pool.census(request.window, request.catalog_digest)).to_bytes()
+            n_clients = pool.census(request.window, request.catalog_digest)
+            return Census(node=pool.name, n_clients=n_clients, ticket=request.ticket).to_bytes()
         self.plans.append(RoundPlan.from_bytes(document))
-        return pool.run(self.plans[-1]).to_bytes(self.plans[-1].coding)
+        plan = self.plans[-1]
+        return replace(pool.run(plan), ticket=plan.ticket).to_bytes(plan.coding)
 
 
 def simulated(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,12 +42,13 @@ def client_app(
         request = CensusRequest.from_bytes(_document(message))
         pool = pool_for(context)
         n_clients = pool.census(request.window, request.catalog_digest)
-        return _reply(message, Census(node=pool.name, n_clients=n_clients).to_bytes())
+        return _reply(message, Census(node=pool.name, n_clients=n_clients, ticket=request.ticket).to_bytes())
 
     @made.train("run")
     def run(message: Message, context: Context) -> Message:
         plan, pool = RoundPlan.from_bytes(_document(message)), pool_for(context)
-        return _reply(message, pool.run(plan).to_bytes(plan.coding, pool.name))
+        tally = replace(pool.run(plan), ticket=plan.ticket)
+        return _reply(message, tally.to_bytes(plan.coding, pool.name))
 
     for verb in SECURE:
         made.train(verb)(_phase(verb, pool_for, policy_for))

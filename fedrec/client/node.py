@@ -9,16 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import tomllib
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedrec.checkup import Finding, disk, is_private, look, port_answers
 from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import ClientPool, Engine, LogPool
 from fedrec.config import explain
@@ -37,10 +43,11 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 REASONS = {
-    "is not registered": "the server does not know this node's key; register it there with `fedrec server add-node`",
-    "401": "the server does not know this node's key; register it there with `fedrec server add-node`",
-    "403": "the server does not know this node's key; register it there with `fedrec server add-node`",
+    "Failed to activate SuperNode": (
+        "the server does not know this node's key; register it there with `fedrec server add-node`"
+    ),
     "certificate has expired": "the server's certificate has expired; make a new one there with `fedrec server renew`",
+    "WRONG_VERSION_NUMBER": "what listens there speaks no TLS; is 'server' its address?",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one that 'ca' vouches for, or the clock is wrong",
     "Connection refused": "nobody listens there; is the server running, and is 'server' its address?",
 }
@@ -221,21 +228,46 @@ def run_node(folder: Path, say: Any) -> int:
     if key.stat().st_mode & 0o077:
         raise ConfigError(f"'{key}' is open to others; close it with: chmod 600 '{key}'.")
     hosted_pool(path)  # a mistake in the data shows now, and not at the first message
+    _check_certificate(settings, path.parent / settings.ca)
     process = start_supernode(settings, path)
     heard: list[str] = []
-    assert process.stdout is not None
-    try:
+
+    def listen() -> None:
+        assert process.stdout is not None
         for line in process.stdout:
-            heard = [*heard[-40:], line.rstrip()]
+            heard[:] = [*heard[-40:], line.rstrip()]
             say(line.rstrip())
-        code = process.wait()
-    except BaseException:
+
+    def end(number: int, frame: FrameType | None) -> None:
         process.terminate()
-        process.wait(timeout=30)
-        raise
-    if code not in (0, 1, 3):  # 1 and 3: it was asked to end
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    try:
+        code = process.wait()
+        listener.join(1.0)  # a child of Flower's may outlive it and hold the pipe
+    finally:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if code not in (0, 1, 3, -signal.SIGTERM):  # it was asked to end
         raise RunError(f"The node was stopped: {reason(heard, settings)}")
     return 0
+
+
+def _check_certificate(settings: NodeSettings, ca: Path) -> None:
+    """Refuse a server whose certificate does not hold: Flower would try again and again without a word.
+
+    Raises:
+        RunError: with the reason. Where nobody answers yet nothing is raised, for the node may be the first.
+    """
+    try:
+        _vouched(settings, ca)
+    except RunError as error:
+        if isinstance(error.__cause__, ssl.SSLError):
+            raise
 
 
 def reason(heard: list[str], settings: NodeSettings) -> str:
@@ -264,5 +296,46 @@ def start_supernode(settings: NodeSettings, path: Path) -> subprocess.Popen[str]
     search = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return subprocess.Popen(
         command, cwd=path.parent, env={**os.environ, **QUIET, **home, "PATH": search}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def checkup(folder: Path) -> list[Finding]:
+    """Look at everything that a node needs, and say what to do about what is wrong."""
+    path = folder.absolute() / SETTINGS
+    found = [look("settings", lambda: f"'{NodeSettings.load(path).name}'", f"edit '{path}'")]
+    if not found[0].ok:
+        return found
+    settings = NodeSettings.load(path)
+
+    def hosted() -> str:
+        pool = hosted_pool(path)
+        return f"'{pool.name}' hosts people of {settings.data or f'{len(settings.stores)} stores'}"
+
+    return [
+        *found,
+        is_private(path.parent / settings.key),
+        look("data", hosted, f"correct 'data', 'stores' or 'catalog' in '{path}'"),
+        port_answers(settings.server),
+        look("certificate", lambda: _vouched(settings, path.parent / settings.ca)),
+        disk(path.parent),
+    ]
+
+
+def _vouched(settings: NodeSettings, ca: Path) -> str:
+    """Say until when the server's certificate holds, by asking the server.
+
+    Raises:
+        RunError: it does not hold.
+    """
+    host, _, port = settings.server.rpartition(":")
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+        with (
+            socket.create_connection((host, int(port)), timeout=5) as plain,
+            context.wrap_socket(plain, server_hostname=host) as secured,
+        ):
+            shown = secured.getpeercert() or {}
+            return f"holds until {shown.get('notAfter', '?')}"
+    except (OSError, ValueError) as error:
+        raise RunError(reason([str(error)], settings)) from error

@@ -21,6 +21,7 @@ from fedrec.random import Key
 
 MAX_CLIENTS = 100_000_000
 """More clients than a node can host; a larger census is a fault or an attack."""
+MAX_TICKET = 64
 _SLOTS, _MODEL, _INPUT = "slots", "model/", "input/"
 _DOWN = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 
@@ -36,6 +37,7 @@ class _Header(BaseModel):
     catalog_digest: str
     codec: Codec
     download: Float
+    ticket: str = Field(default="", max_length=MAX_TICKET)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class RoundPlan:
         inputs: further named tensors that the task needs, for example released popularity counts.
         codec: how the node writes the sums of a fit; what other tasks contribute travels as it is.
         download: how `params` travel; with 16 bits the node starts from rounded ones.
+        ticket: drawn for this request to this node alone; the tally repeats it, so no other reply can pass for it.
     """
 
     slice: int
@@ -69,6 +72,7 @@ class RoundPlan:
     inputs: Params = field(default_factory=dict)
     codec: AnyCodec = field(default_factory=Plain)
     download: Float = "float32"
+    ticket: str = ""
 
     @property
     def coding(self) -> Coding:
@@ -95,6 +99,7 @@ class RoundPlan:
             "catalog_digest": self.catalog_digest,
             "codec": self.codec.model_dump(mode="json"),
             "download": self.download,
+            "ticket": self.ticket,
         }
 
     @classmethod
@@ -124,7 +129,7 @@ class RoundPlan:
         inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
         return cls(
             header.slice, header.round, header.task, header.model, header.n_items, params, key,
-            header.catalog_digest, slots, inputs, header.codec, header.download,
+            header.catalog_digest, slots, inputs, header.codec, header.download, header.ticket,
         )  # fmt: skip
 
 
@@ -138,6 +143,7 @@ class CensusRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     window: Window
     catalog_digest: str
+    ticket: str = Field(default="", max_length=MAX_TICKET)
 
     def to_bytes(self) -> bytes:
         """Return the request in the wire format."""
@@ -159,6 +165,7 @@ class Census(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     node: str = Field(max_length=200)
     n_clients: int = Field(ge=0, le=MAX_CLIENTS)
+    ticket: str = Field(default="", max_length=MAX_TICKET)
 
     def to_bytes(self) -> bytes:
         """Return the answer in the wire format."""

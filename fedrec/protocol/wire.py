@@ -1,12 +1,14 @@
 """The one wire format: a safetensors document whose metadata carries a version, a kind and a JSON header.
 
 Plans, tallies and checkpoints are all written this way, over Flower messages and on disk. Reading it can allocate
-arrays and parse JSON, and can do nothing else: no pickle, no code.
+arrays and parse JSON, and can do nothing else: no pickle, no code. A check sum over all of it finds what a bad line
+or a bad disk changed; it is no signature.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from safetensors.numpy import load, save
 from fedrec.errors import ProtocolError
 from fedrec.params import Array, Params
 
-VERSION = 1
+VERSION = 2
 MAX_HEADER_BYTES = 64 << 20
 
 
@@ -26,11 +28,11 @@ def pack(kind: str, header: dict[str, Any], tensors: Params) -> bytes:
     >>> unpack("greeting", pack("greeting", {"to": "you"}, {"n": np.arange(2)}))
     ({'to': 'you'}, {'n': array([0, 1])})
     """
-    metadata = {"fedrec": str(VERSION), "kind": kind, "header": json.dumps(header, sort_keys=True)}
+    arrays = {name: np.asarray(value, order="C") for name, value in tensors.items()}
+    text = json.dumps(header, sort_keys=True)
+    metadata = {"fedrec": str(VERSION), "kind": kind, "header": text, "check": _check(kind, text, arrays)}
     # safetensors keeps metadata in a hash map, so more than one entry would be written in random order.
-    return save(
-        {name: np.asarray(value, order="C") for name, value in tensors.items()}, {"fedrec": json.dumps(metadata)}
-    )
+    return save(arrays, {"fedrec": json.dumps(metadata)})
 
 
 def kind_of(document: bytes) -> str:
@@ -53,7 +55,7 @@ def unpack(kind: str, document: bytes) -> tuple[dict[str, Any], dict[str, Array]
     """Return ``(header, tensors)`` of a document that `pack` wrote.
 
     Raises:
-        ProtocolError: not such a document, of another version, or of another kind.
+        ProtocolError: not such a document, of another version or kind, or changed on its way.
     """
     try:
         length = int.from_bytes(document[:8], "little")
@@ -71,4 +73,16 @@ def unpack(kind: str, document: bytes) -> tuple[dict[str, Any], dict[str, Array]
         raise ProtocolError(f"The sender speaks wire version {version}, this fedrec {VERSION}; update the older one.")
     if found != kind:
         raise ProtocolError(f"Expected a '{kind}' document, got a '{found}'.")
+    if metadata.get("check") != _check(kind, metadata["header"], tensors):
+        raise ProtocolError(f"The '{kind}' document was changed on its way: its check sum is wrong.")
     return header, tensors
+
+
+def _check(kind: str, header: str, tensors: Params) -> str:
+    """Return the check sum, of the same length whatever it is: a document's length depends on its shape alone."""
+    found = zlib.crc32(f"{kind}|{header}".encode())
+    for name in sorted(tensors):
+        value = np.asarray(tensors[name], order="C")
+        found = zlib.crc32(f"|{name}|{value.dtype.str}|{value.shape}|".encode(), found)
+        found = zlib.crc32(value.reshape(-1).view(np.uint8).data, found)
+    return f"{found:08x}"

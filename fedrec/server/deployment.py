@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from fedrec.checkup import Finding, disk, is_private, look, port_is_free
 from fedrec.config import Experiment, explain
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
@@ -188,6 +189,43 @@ class DeploymentFolder:
                     f"'{self.certificate(name)}' is missing; `fedrec server init` makes all for a first deployment, or "
                     "put your own there."
                 )
+
+    def checkup(self, running: bool) -> list[Finding]:
+        """Look at everything that the server needs, and say what to do about what is wrong.
+
+        Args:
+            running: whether the server runs, and so has its ports.
+        """
+        from fedrec.server.certificates import certificate_problem, expires, utc_clock
+
+        found = [look("settings", lambda: self.settings.name, f"edit '{self.path / SETTINGS}'")]
+        if not found[0].ok:
+            return found
+
+        def certificate() -> str:
+            server, ca = self.certificate("server.crt"), self.certificate("ca.crt")
+            problem = certificate_problem(server, ca, self.settings.host, utc_clock())
+            if problem:
+                raise ConfigError(problem)
+            return f"holds until {expires(server):%Y-%m-%d}"
+
+        def data() -> str:
+            check(self.experiment, self.dataset())
+            return f"{len(self.dataset().catalog):,} items, experiment '{self.experiment.name}'"
+
+        settings, nodes = self.settings, sorted((self.path / NODES).glob("*.pub"))
+        found += [
+            look("data", data, "correct 'experiment', 'catalog' or 'data' in server.toml"),
+            look("certificate", certificate, "`fedrec server renew`"),
+            is_private(self.certificate("server.key")),
+            is_private(self.certificate("ca.key")),
+            Finding("nodes", bool(nodes), f"{len(nodes)} may take part", "" if nodes else "`fedrec server add-node`"),
+            disk(self.path),
+        ]
+        if running:
+            return [*found, Finding("ports", True, "in use by this server, which runs")]
+        ports = [(settings.host, settings.port, "port"), ("127.0.0.1", settings.operations.port, "operations.port")]
+        return [*found, *(port_is_free(host, port, key) for host, port, key in ports if port)]
 
     def prepare(self) -> None:
         """Make the folders that the server writes to.

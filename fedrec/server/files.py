@@ -182,7 +182,46 @@ def save_checkpoint(path: Path, header: dict[str, Any], tensors: Params) -> None
     make_folder(path.parent)
     sweep(path.parent, path.name)
     sealed = {"header": text, "digest": _seal(text, tensors)}
+    _keep(path)
     write_atomically(path, wire.pack("checkpoint", sealed, tensors))
+
+
+def _keep(path: Path) -> None:
+    """Let the checkpoint that is about to be replaced live on as the one before it; its bytes are not copied."""
+    if not path.is_file():
+        return
+    temp = temporary(path)
+    try:
+        os.link(path, temp)
+        os.replace(temp, previous(path))
+    except OSError as error:
+        raise refusal(path, error) from error
+    finally:
+        with suppress(OSError):
+            temp.unlink()
+
+
+def previous(path: Path) -> Path:
+    """Return where the checkpoint before that of `path` is kept."""
+    return path.with_name(f"{path.name}.previous")
+
+
+def load_last_good(path: Path) -> tuple[dict[str, Any], dict[str, Array], str | None]:
+    """Return the newest checkpoint that is whole, and a note if that is the one before the last.
+
+    Raises:
+        RegistryError: there is none, or neither is whole.
+    """
+    try:
+        return *load_checkpoint(path), None
+    except RegistryError as error:
+        if not path.is_file() or not previous(path).is_file():
+            raise
+        try:
+            header, tensors = load_checkpoint(previous(path))
+        except RegistryError:
+            raise error from None
+        return header, tensors, f"The checkpoint '{path}' is damaged; the run goes on from the one before it."
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,12 @@ from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation, Tally
+
+TICKET_BYTES = 16
+MOST_PER_VALUE, MOST_HEADER = 16, 1 << 20
+"""Bytes that a document may take for each number asked for, and for all else; no codec takes as many."""
+Combine = Callable[[Sequence[Tally]], Params]
+"""Turns the tallies of the nodes into the sum over their clients."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class Gathered:
         refused: which nodes were not folded, and why.
         bytes_down: bytes of all documents sent.
         bytes_up: bytes of all documents received.
+        offenders: ids of the nodes that sent what no honest node sends.
     """
 
     sums: Params
@@ -88,6 +97,7 @@ class Gathered:
     refused: Sequence[dict[str, str]]
     bytes_down: int
     bytes_up: int
+    offenders: tuple[int, ...] = ()
 
 
 @dataclass
@@ -96,6 +106,7 @@ class _Fold:
     stats: dict[str, float] = field(default_factory=dict)
     n_clients: int = 0
     refused: list[dict[str, str]] = field(default_factory=list)
+    offenders: list[int] = field(default_factory=list)
 
     def add(self, tally: Tally) -> None:
         self.sums.fold(tally.sums)
@@ -105,7 +116,13 @@ class _Fold:
 
 
 def gather(
-    ask: Ask, places: NDArray[np.int64] | None = None, bound: float | None = None, counts: tuple[str, ...] = ()
+    ask: Ask,
+    places: NDArray[np.int64] | None = None,
+    bound: float | None = None,
+    counts: tuple[str, ...] = (),
+    most: float | None = None,
+    enough: int | None = None,
+    combine: Combine | None = None,
 ) -> Gathered:
     """Send each node its plan, and fold every tally that passes the checks; one bad node leaves the others alone.
 
@@ -114,13 +131,17 @@ def gather(
         places: chosen clients among all eligible ones; None: everybody.
         bound: L2 bound of one client's contribution, which sums are checked against; None: there is none.
         counts: names of plain numbers that count clients.
+        most: bound of what one client adds to any single number; None: there is none.
+        enough: the round is closed when so many clients are in; None: at the deadline, or when all have answered.
+        combine: turns the tallies of all nodes into the sum over their clients; None: they are added up.
 
     Raises:
         RunError: every node that was asked failed.
     """
     places = ask.everybody if places is None else places
     roster, slots = ask.roster, ask.roster.slots(places)
-    plans = {node: ask.plan_for(own) for node, own in slots.items()}
+    # A ticket from the system's randomness: nobody can know it beforehand, and nothing that is computed depends on it.
+    plans = {node: replace(ask.plan_for(own), ticket=secrets.token_hex(TICKET_BYTES)) for node, own in slots.items()}
     documents = {node: plan.to_bytes() for node, plan in plans.items()}
     fold, bytes_up = _Fold(), 0
     tallies: dict[int, Tally] = {}
@@ -128,18 +149,22 @@ def gather(
     for reply in ask.link.exchange("run", documents, ask.timeout_seconds):
         if reply.node not in silent:
             fold.refused.append({"node": roster.name(reply.node), "reason": "it answered twice or was not asked"})
+            fold.offenders.append(reply.node)
             continue
         silent.discard(reply.node)
         try:
             if reply.document is None:
                 raise TallyRefused(reply.error)
             bytes_up += len(reply.document)
-            expectation = Expectation(ask.shapes, len(slots[reply.node]), bound, counts)
-            tally = Tally.from_bytes(reply.document, plans[reply.node].coding, expectation.shapes)
-            expectation.check(tally)
-            tallies[reply.node] = tally
+            expectation = Expectation(ask.shapes, len(slots[reply.node]), bound, counts, most)
+            tallies[reply.node] = _opened(reply.document, plans[reply.node], expectation)
         except FedrecError as error:
             fold.refused.append({"node": roster.name(reply.node), "reason": str(error)})
+            if reply.document is not None:
+                fold.offenders.append(reply.node)
+        if enough is not None and sum(tally.n_clients for tally in tallies.values()) >= enough:
+            silent.clear()  # nobody is blamed for being slower than was needed
+            break
     fold.refused += [{"node": roster.name(node), "reason": "it did not answer in time"} for node in sorted(silent)]
     for node in slots:  # in the order of the roster, not of arrival
         if node in tallies:
@@ -148,7 +173,17 @@ def gather(
         first = fold.refused[0]
         raise RunError(f"Every node failed in this round; the first: {first['node']}: {first['reason']}")
     sent = sum(len(document) for document in documents.values())
-    sums = dict(
-        sorted(fold.sums.value().items())
-    )  # documents are read in random order, which shows in a norm's last bit
-    return Gathered(sums, fold.n_clients, fold.stats, len(places), tuple(fold.refused), sent, bytes_up)
+    found = fold.sums.value() if combine is None else combine([tallies[node] for node in slots if node in tallies])
+    sums = dict(sorted(found.items()))  # documents are read in random order, which shows in a norm's last bit
+    offenders = tuple(sorted(fold.offenders))
+    return Gathered(sums, fold.n_clients, fold.stats, len(places), tuple(fold.refused), sent, bytes_up, offenders)
+
+
+def _opened(document: bytes, plan: RoundPlan, expectation: Expectation) -> Tally:
+    """Return a tally that passed every check; the cheapest come first."""
+    longest = MOST_PER_VALUE * sum(math.prod(shape) for shape, _ in expectation.shapes.values()) + MOST_HEADER
+    if len(document) > longest:
+        raise TallyRefused(f"it is {len(document):,} bytes long where {longest:,} would do")
+    tally = Tally.from_bytes(document, plan.coding, expectation.shapes, plan.ticket)
+    expectation.check(tally)
+    return tally

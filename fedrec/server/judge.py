@@ -30,6 +30,8 @@ from fedrec.server.round import Recipe, take_census
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState
 
+MOST_MEASURED = 1e3
+"""Beyond what one person adds to any sum of metrics, bootstrap weights included."""
 COMPARED = ("ndcg", "hr", "recall")
 
 
@@ -82,6 +84,7 @@ def judge(
         "bytes_down": sum(got.bytes_down for got in tallies.values()),
         "bytes_up": sum(got.bytes_up for got in tallies.values()),
         "refused": [refusal for got in tallies.values() for refusal in got.refused],
+        "offenders": [node for got in tallies.values() for node in got.offenders],
     }
 
 
@@ -121,7 +124,7 @@ def _ask(
         people = ServerState.root_key(experiment).child("slice", time_slice.index, "judge", "people")
         places = sample(FixedCohort(size=contender.people), roster.n_clients, people)
     shapes = metric_shapes(task, time_slice.n_items_test)
-    return gather(Ask(link, roster, plan_for, shapes, experiment.training.timeout_seconds), places)
+    return gather(Ask(link, roster, plan_for, shapes, experiment.training.timeout_seconds), places, most=MOST_MEASURED)
 
 
 def _question(
@@ -195,6 +198,7 @@ def judge_privately(
         "bytes_down": sum(got.bytes_down for got in asked),
         "bytes_up": sum(got.bytes_up for got in asked),
         "refused": [refusal for got in asked for refusal in got.refused],
+        "offenders": [node for got in asked for node in got.offenders],
     }
 
 

@@ -42,6 +42,7 @@ from fedrec.server.judge import (
 )
 from fedrec.server.local import local_statement
 from fedrec.server.private import private_gather
+from fedrec.server.quarantine import newly_quarantined, trusted
 from fedrec.server.registry import Registry
 from fedrec.server.rehearsal import remembered
 from fedrec.server.release import Release, Student
@@ -51,6 +52,8 @@ from fedrec.server.state import ServerState
 from fedrec.server.student import device_student
 from fedrec.server.teach import prior_config, taught
 
+MOST_EVIDENCE = 1e4
+"""Beyond what one person adds to any number of the co-occurrence statistic."""
 PRIVACY = {
     "statement": "Not private: no noise is added. Clients send the exact sums of their updates, counts and metrics.",
     "unit": "user",
@@ -126,11 +129,12 @@ def run_stream(
         if recipe.experiment.training.distil is not None:
             state = taught(state, time_slice, recipe, desk.registry, desk.checkpoint)
         desk.observe(Event("evaluate", {"slice": time_slice.index}))
-        began = recipe.clock()
+        began, allowed = recipe.clock(), trusted(link, state, recipe.experiment)
         if isinstance(recipe.experiment.model, BlendConfig):
-            state = adopted(state, recipe.experiment.model, time_slice, link, recipe)
+            state = adopted(state, recipe.experiment.model, time_slice, allowed, recipe)
         student = _student(state, time_slice, recipe)
-        verdict = _verdict(state, link, time_slice, recipe, desk.registry, student)
+        verdict = _verdict(state, allowed, time_slice, recipe, desk.registry, student)
+        state = _blamed(state, verdict["offenders"], recipe, desk)
         verdict["seconds"] = round(recipe.clock() - began, 3)
         state, release = _publish(state, time_slice, verdict, recipe, desk, student)
         desk.checkpoint(state)
@@ -142,20 +146,33 @@ def _learn(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
     """Grow the model to the slice's catalogue, count, and train all rounds that are not done yet."""
     training = recipe.experiment.training
     stage = training.base if time_slice.index == 0 else training.later
-    roster = take_census(link, time_slice.fit or time_slice.train, recipe)
+    allowed = trusted(link, state, recipe.experiment)
+    roster = take_census(allowed, time_slice.fit or time_slice.train, recipe)
     record = {"slice": time_slice.index, "rounds": stage.rounds, "clients": roster.n_clients, "done": state.round}
     desk.observe(Event("slice", record))
     if state.counted == time_slice.index:
-        counted = roster if time_slice.fit is None else take_census(link, time_slice.train, recipe)
-        state = _begin(state, link, time_slice, recipe, counted, desk)
+        counted = roster if time_slice.fit is None else take_census(allowed, time_slice.train, recipe)
+        state = _begin(state, allowed, time_slice, recipe, counted, desk)
     for number in range(state.round, stage.rounds):
-        if set(link.nodes()) != {node for node, _, _ in roster.nodes}:
-            roster = take_census(link, time_slice.fit or time_slice.train, recipe)
-        state, record = run_round(state, link, recipe, time_slice, roster)
+        allowed = trusted(link, state, recipe.experiment)
+        if set(allowed.nodes()) != {node for node, _, _ in roster.nodes}:
+            roster = take_census(allowed, time_slice.fit or time_slice.train, recipe)
+        before = state
+        state, record = run_round(state, allowed, recipe, time_slice, roster)
         desk.observe(Event("round", record))
+        for one in newly_quarantined(before, state, recipe.experiment):
+            desk.observe(Event("quarantine", one))
         if recipe.guard is not None or (number + 1) % recipe.experiment.runtime.checkpoint_every == 0:
             desk.checkpoint(state)
     return state
+
+
+def _blamed(state: ServerState, offenders: Sequence[int], recipe: Recipe, desk: Desk) -> ServerState:
+    """Return the state with these offences, and tell of nodes that come into quarantine."""
+    after = state.blamed(offenders)
+    for one in newly_quarantined(state, after, recipe.experiment):
+        desk.observe(Event("quarantine", one))
+    return after
 
 
 def _begin(
@@ -175,6 +192,7 @@ def _begin(
     total[: len(before)] += before
     total += counted.sums.get("counts", 0.0)
     spent = counted
+    state = _blamed(state, counted.offenders, recipe, desk)
     if recipe.experiment.training.statistics is not None:
         statistic, prior, params, gathered = _statistic(state, link, time_slice, recipe, roster, desk, params)
         spent = replace(
@@ -182,6 +200,7 @@ def _begin(
             bytes_down=counted.bytes_down + gathered.bytes_down,
             bytes_up=counted.bytes_up + gathered.bytes_up,
         )
+        state = _blamed(state, gathered.offenders, recipe, desk)
         state = state.advanced(statistic=statistic, prior=prior, adoption={})
     return state.advanced(
         params=params,
@@ -242,7 +261,7 @@ def _statistic(
     shapes = cooccurrence_shapes(task, n_items, rank)
     guard, ask = recipe.guard, Ask(link, roster, plan_for, shapes, recipe.experiment.training.timeout_seconds)
     if guard is None:
-        got = gather(ask)
+        got = gather(ask, most=MOST_EVIDENCE)
         if got.n_clients:
             got = replace(got, sums=projected(features, got.sums, got.n_clients))
     else:
@@ -282,7 +301,7 @@ def _count(link: Link, time_slice: TimeSlice, recipe: Recipe, roster: Roster) ->
 
     ask = Ask(link, roster, plan_for, shapes, recipe.experiment.training.timeout_seconds)
     if guard is None:
-        return gather(ask, bound=bound)
+        return gather(ask, bound=bound, most=1.0 if mode is None else None)
     name = f"slice {time_slice.index}: popularity counts"
     mechanism = guard.mechanism(guard.settings.count, guard.settings.count_clip)
     return private_gather(guard, name, mechanism, 1.0, 1.0, ask)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.config import Experiment, TurnCohort
+from fedrec.config import AnyAggregate, Experiment, FixedCohort, Mean, PoissonCohort, TrainingConfig, TurnCohort
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
 from fedrec.errors import FedrecError, RunError, TallyRefused
 from fedrec.models.build import MODELS, trained
+from fedrec.models.configs import AnyModelConfig
 from fedrec.models.freeze import trainable
+from fedrec.params import Params
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
+from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import FitTask, Turn
 from fedrec.random import Key
 from fedrec.server import optimizer
 from fedrec.server.anchor import item_means, pulled
 from fedrec.server.drift import hurried
-from fedrec.server.gather import Ask, Roster, gather
+from fedrec.server.gather import TICKET_BYTES, Ask, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.local import LocalMode
 from fedrec.server.private_fit import Place, private_fit
 from fedrec.server.rehearsal import rehearsed
+from fedrec.server.robust import combined
 from fedrec.server.sampling import sample
 from fedrec.server.state import ServerState
 
@@ -60,15 +67,25 @@ def take_census(link: Link, window: TimeWindow | LastWindow, recipe: Recipe) -> 
     Raises:
         RunError: no node answered, with what they said instead.
     """
-    request = CensusRequest(window=window, catalog_digest=recipe.catalog_digest).to_bytes()
+    nodes = link.nodes()
+    tickets = {node: secrets.token_hex(TICKET_BYTES) for node in nodes}
+    requests = {
+        node: CensusRequest(window=window, catalog_digest=recipe.catalog_digest, ticket=ticket).to_bytes()
+        for node, ticket in tickets.items()
+    }
     found: list[tuple[int, str, int]] = []
     errors: list[str] = []
     timeout = recipe.experiment.training.timeout_seconds
-    for reply in link.exchange("census", dict.fromkeys(link.nodes(), request), timeout):
+    for reply in link.exchange("census", requests, timeout):
         try:
+            ticket = tickets.pop(reply.node, None)
+            if ticket is None:
+                raise TallyRefused("it answered twice or was not asked")
             if reply.document is None:
                 raise TallyRefused(reply.error)
             census = Census.from_bytes(reply.document)
+            if census.ticket != ticket:
+                raise TallyRefused("it answers another request: a replay, a late answer or another node's")
             found.append((reply.node, census.node, census.n_clients))
         except FedrecError as error:
             errors.append(f"node {reply.node}: {error}")
@@ -120,8 +137,15 @@ def run_round(
     ask = Ask(link, roster, plan_for, shapes, training.timeout_seconds)
     guard, next_clip_norm = recipe.guard, state.clip_norm
     if guard is None:
-        got = gather(ask, sample(training.cohort, roster.n_clients, key.child("cohort")), bound)
+        places, enough = selected(training, roster.n_clients, key)
+        combine = None if isinstance(training.aggregate, Mean) else partial(_combined, training.aggregate, model)
+        got = gather(ask, places, bound, enough=enough, combine=combine)
         mean = named.scale(got.sums, 1.0 / got.n_clients) if got.n_clients else {}
+        needed = training.minimum_share * (len(places) if enough is None else enough)
+        if got.n_clients < needed:
+            mean = {}
+            missing = f"the round is abandoned: {got.n_clients} of the {math.ceil(needed)} clients it needs answered"
+            got = replace(got, refused=(*got.refused, {"node": "all", "reason": missing}))
     else:
         place = Place(time_slice.index, state.round)
         got, next_clip_norm = private_fit(guard, recipe.experiment, place, task, ask)
@@ -156,7 +180,7 @@ def run_round(
     }
     if mode is not None:
         record["spent"] = got.stats.get("spent", 0.0)
-    new = state.advanced(
+    new = state.blamed(got.offenders).advanced(
         round=state.round + 1,
         params=params,
         average=average,
@@ -165,6 +189,23 @@ def run_round(
         rounds=(*state.rounds, record),
     )
     return new, record
+
+
+def selected(training: TrainingConfig, n_eligible: int, key: Key) -> tuple[NDArray[np.int64], int | None]:
+    """Return the places of the clients to ask, and after how many answers the round is closed; None: all of them."""
+    cohort = training.cohort
+    if not training.over_selection or isinstance(cohort, TurnCohort):
+        return sample(cohort, n_eligible, key.child("cohort")), None
+    more = 1.0 + training.over_selection
+    if isinstance(cohort, PoissonCohort):
+        places = sample(PoissonCohort(expected=cohort.expected * more), n_eligible, key.child("cohort"))
+        return places, min(len(places), round(cohort.expected))
+    places = sample(FixedCohort(size=math.ceil(cohort.size * more)), n_eligible, key.child("cohort"))
+    return places, min(len(places), cohort.size)
+
+
+def _combined(settings: AnyAggregate, model: AnyModelConfig, tallies: Sequence[Tally]) -> Params:
+    return combined(tallies, settings, MODELS[type(model)].row_names)
 
 
 def turn_of(experiment: Experiment, slice_index: int, round_number: int) -> Turn | None:

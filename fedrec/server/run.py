@@ -28,7 +28,7 @@ from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
 from fedrec.protocol.link import Link
 from fedrec.server.drift import check_drift
-from fedrec.server.files import load_checkpoint, make_folder, save_checkpoint
+from fedrec.server.files import load_last_good, make_folder, save_checkpoint
 from fedrec.server.guard import Guard, guard_of, planned, user_level
 from fedrec.server.lifelong import Desk, Event, Observer, privacy, run_stream
 from fedrec.server.local import local_mode
@@ -250,7 +250,10 @@ def run_experiment(
         path = folder.path / CHECKPOINT
         state = ServerState(folder.name, experiment.digest(), recipe.catalog_digest, len(dataset.catalog))
         if path.exists():
-            state = ServerState.from_record(*load_checkpoint(path))
+            header, tensors, note = load_last_good(path)
+            if note:
+                observe(Event("note", {"text": note}))
+            state = ServerState.from_record(header, tensors)
             state = state.checked(experiment, dataset.catalog)
         else:
             save_checkpoint(path, *state.to_record())
@@ -318,6 +321,8 @@ def describe(
         },
         "protocol": _protocol(experiment),
         "privacy": privacy(experiment, guard),
+        "offences": dict(state.offences),
+        "quarantined": sorted(state.quarantined(experiment.training.quarantine_after)),
         "releases": list(state.releases),
         "rounds": list(state.rounds),
         "totals": {

@@ -39,7 +39,7 @@ from fedrec.server.session import SecureSumServer
 Request = AdvertiseRequest | ShareRequest | MaskRequest | UnmaskRequest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SecureGathered(Gathered):
     """What a secure sum brought in: `sums` carry the clients' noise, and `stats` are empty.
 
@@ -108,6 +108,7 @@ def secure_gather(
     return SecureGathered(
         {name: found[name].astype(dtype) for name, (_, dtype) in sorted(ask.shapes.items())},
         len(server.arrived), {}, len(places), tuple(talk.refused), talk.bytes_down, talk.bytes_up,
+        tuple(sorted(talk.offenders)),
         n_parties=server.n_parties,
         neighbours=k,
         noise_excess=terms.noise_excess(server.n_parties, len(server.arrived)),
@@ -134,6 +135,7 @@ class _Talk:
     def __init__(self, link: Link, roster: Roster, timeout_seconds: float | None) -> None:
         self._link, self._roster, self._timeout = link, roster, timeout_seconds
         self.refused: list[dict[str, str]] = []
+        self.offenders: list[int] = []
         self.bytes_down = self.bytes_up = 0
 
     def phase(self, verb: Verb, requests: Mapping[int, Request], take: Callable[[int, bytes], None]) -> None:
@@ -151,6 +153,8 @@ class _Talk:
                 take(reply.node, reply.document)
             except FedrecError as error:
                 self._refuse(reply.node, f"{verb}: {error}")
+                if reply.document is not None:
+                    self.offenders.append(reply.node)
         for node in sorted(silent):
             self._refuse(node, f"{verb}: it did not answer in time")
 

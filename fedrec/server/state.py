@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ class ServerState:
         clip_norm: of the next round, where it is learnt; None where it is fixed.
         overhead: what counting and evaluating cost in this slice: "seconds", "bytes_down", "bytes_up".
         parent: version of the last release.
+        offences: node id to how often it sent what no honest node sends.
         rounds: a record of every round.
         releases: a record of every release.
     """
@@ -68,6 +69,7 @@ class ServerState:
     clip_norm: float | None = None
     overhead: Mapping[str, float] = field(default_factory=dict)
     parent: int | None = None
+    offences: Mapping[str, int] = field(default_factory=dict)
     rounds: tuple[dict[str, Any], ...] = ()
     releases: tuple[dict[str, Any], ...] = ()
 
@@ -113,6 +115,17 @@ class ServerState:
                 "be added at the end of a catalogue, never changed or removed."
             )
         return self.advanced(catalog_digest=found, n_catalog=len(catalog))
+
+    def blamed(self, offenders: Iterable[int]) -> ServerState:
+        """Return the state with one more offence of each of these nodes."""
+        counts = dict(self.offences)
+        for node in offenders:
+            counts[str(node)] = counts.get(str(node), 0) + 1
+        return self if counts == self.offences else self.advanced(offences=counts)
+
+    def quarantined(self, limit: int | None) -> frozenset[int]:
+        """Return the nodes with so many offences; nobody without a limit."""
+        return frozenset(int(node) for node, n in self.offences.items() if limit is not None and n >= limit)
 
     def advanced(self, **changes: Any) -> ServerState:
         """Return the state with these fields changed."""

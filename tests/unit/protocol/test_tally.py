@@ -37,6 +37,17 @@ def test_a_tally_goes_there_and_back() -> None:
     assert (dict(empty.sums), empty.n_clients, dict(empty.stats)) == ({}, 0, {})
 
 
+def test_a_tally_answers_one_request_and_is_as_long_whatever_its_ticket() -> None:
+    tickets = [f"{number:032x}" for number in range(200)]
+    documents = [replace(GOOD, ticket=ticket).to_bytes() for ticket in tickets]
+    assert len({len(document) for document in documents}) == 1  # reports count bytes, and are compared
+    assert Tally.from_bytes(documents[7], ticket=tickets[7]).ticket == tickets[7]
+    with pytest.raises(TallyRefused, match="it answers another request"):
+        Tally.from_bytes(documents[7], ticket=tickets[8])
+    with pytest.raises(TallyRefused, match="it answers another request"):
+        Tally.from_bytes(DOCUMENT, ticket=tickets[8])
+
+
 def test_a_good_tally_passes() -> None:
     EXPECTED.check(GOOD)
     EXPECTED.check(Tally({}, 0, {}))

@@ -102,8 +102,8 @@ def test_equal_content_gives_equal_bytes_in_every_process() -> None:
 def test_another_kind_and_another_version_are_named() -> None:
     with pytest.raises(ProtocolError, match="Expected a 'plan' document, got a 'greeting'"):
         wire.unpack("plan", DOCUMENT)
-    newer = by_hand({"fedrec": "2", "kind": "greeting", "header": "{}"})
-    with pytest.raises(ProtocolError, match="speaks wire version 2, this fedrec 1; update the older one"):
+    newer = by_hand({"fedrec": "3", "kind": "greeting", "header": "{}"})
+    with pytest.raises(ProtocolError, match="speaks wire version 3, this fedrec 2; update the older one"):
         wire.unpack("greeting", newer)
 
 
@@ -123,12 +123,12 @@ DEEP = "[" * 100_000
         by_hand("5"),
         by_hand("[]"),
         by_hand(DEEP),
-        by_hand({"fedrec": "1", "kind": "greeting"}),
-        by_hand({"fedrec": "1", "kind": "greeting", "header": "{"}),
-        by_hand({"fedrec": "1", "kind": "greeting", "header": "[1]"}),
-        by_hand({"fedrec": "1", "kind": "greeting", "header": {"a": 1}}),
-        by_hand({"fedrec": "1", "kind": "greeting", "header": DEEP}),
-        by_hand({"fedrec": "1", "kind": "greeting", "header": "9" * 10_000}),
+        by_hand({"fedrec": "2", "kind": "greeting"}),
+        by_hand({"fedrec": "2", "kind": "greeting", "header": "{"}),
+        by_hand({"fedrec": "2", "kind": "greeting", "header": "[1]"}),
+        by_hand({"fedrec": "2", "kind": "greeting", "header": {"a": 1}}),
+        by_hand({"fedrec": "2", "kind": "greeting", "header": DEEP}),
+        by_hand({"fedrec": "2", "kind": "greeting", "header": "9" * 10_000}),
         DOCUMENT + b"x",
         b"\x80\x04\x95" + DOCUMENT,
     ],
@@ -151,7 +151,7 @@ def test_a_header_that_claims_too_much_is_refused_before_it_is_read(monkeypatch:
 
 @pytest.mark.parametrize("dtype", ["BF16", "F8_E4M3", "F32", "nothing"])
 def test_tensors_that_numpy_cannot_hold_or_that_lie_elsewhere_are_refused(dtype: str) -> None:
-    metadata = json.dumps({"fedrec": "1", "kind": "greeting", "header": "{}"})
+    metadata = json.dumps({"fedrec": "2", "kind": "greeting", "header": "{}"})
     entry = {"dtype": dtype, "shape": [1], "data_offsets": [0, 2]}
     head = json.dumps({"__metadata__": {"fedrec": metadata}, "w": entry}).encode()
     with pytest.raises(ProtocolError, match="Not a fedrec document"):

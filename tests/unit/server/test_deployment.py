@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 from typer.testing import CliRunner
@@ -21,7 +25,7 @@ from fedrec.server.certificates import certificate_problem, check_node_key, make
 from fedrec.server.deploy_commands import app, make_node
 from fedrec.server.deployed import run_deployed
 from fedrec.server.deployment import Deployment, DeploymentFolder
-from fedrec.server.journal import OUTCOME, PROCESS, STATUS, read_document
+from fedrec.server.journal import OUTCOME, PROCESS, STATUS, Journal, read_document
 from fedrec.server.telemetry import Telemetry
 from tests.support import START, dataset_of, small_document, small_rows, to_toml
 
@@ -226,3 +230,31 @@ def test_a_server_without_interactions_says_how_to_cut(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["init", str(tmp_path / "dep"), *options]).exit_code == 0
     with pytest.raises(ConfigError, match=r'so it cannot cut by their times; set split\.kind = "schedule"'):
         DeploymentFolder(tmp_path / "dep").check()
+
+
+def test_metrics_and_health_are_served_on_loopback(place: DeploymentFolder) -> None:
+    journal = Journal(place, now=lambda: 1000.0, say=lambda line: None)
+    journal.note("round", slice=0, round=0, clients=7, seconds=1.5, bytes_down=10, bytes_up=20)
+    journal.note("refused", node="x", reason="it lies")
+    journal.note("quarantine", node=4, offences=3)
+    journal.stand("training", slice=0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    telemetry = Telemetry(place)
+    with telemetry.serving(port):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as reply:
+            text = reply.read().decode()
+        assert "\nfedrec_clients_total 7\n" in text
+        assert "\nfedrec_refused_total 1\n" in text
+        assert "\nfedrec_quarantined_total 1\n" in text
+        assert "\nfedrec_last_round_timestamp_seconds 1000\n" in text
+        with pytest.raises(HTTPError) as caught:  # no SuperLink runs here
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+        assert caught.value.code == 503
+        assert json.load(caught.value)["doing"] == "training"
+        caught.value.close()
+        telemetry.superlink_pid = os.getpid()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as reply:
+            assert json.load(reply)["up"] is True
+        with pytest.raises(RunError, match=f"Port {port} for metrics is taken"), Telemetry(place).serving(port):
+            pass

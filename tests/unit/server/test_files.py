@@ -15,9 +15,19 @@ import numpy as np
 import pytest
 
 from fedrec.errors import RegistryError
+from fedrec.params import digest
 from fedrec.protocol import wire
 from fedrec.server import files
-from fedrec.server.files import load_checkpoint, make_folder, publish_folder, save_checkpoint, sweep, write_atomically
+from fedrec.server.files import (
+    load_checkpoint,
+    load_last_good,
+    make_folder,
+    previous,
+    publish_folder,
+    save_checkpoint,
+    sweep,
+    write_atomically,
+)
 
 HEADER = {"round": 7, "ledger": [{"q": 0.1, "sigma": 2.0}], "slices": {"10": 1, "2": 2}}
 
@@ -300,3 +310,31 @@ def test_a_document_of_another_kind_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(wire.pack("plan", {}, {}))
     with pytest.raises(RegistryError, match=DAMAGED):
         load_checkpoint(tmp_path / "state")
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    for number in range(3):
+        save_checkpoint(path, {"round": number}, tensors())
+    assert load_last_good(path)[0::2] == ({"round": 2}, None)
+    whole = path.read_bytes()
+    for bad in (whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
+        path.write_bytes(bad)
+        header, found, note = load_last_good(path)
+        assert header == {"round": 1}
+        assert digest(found) == digest(tensors())
+        assert note == f"The checkpoint '{path}' is damaged; the run goes on from the one before it."
+    previous(path).write_bytes(b"?")
+    with pytest.raises(RegistryError, match="is damaged or of another version of fedrec; restore it from a backup"):
+        load_last_good(path)
+    path.unlink()
+    with pytest.raises(RegistryError, match="No checkpoint at"):  # who deletes it begins anew
+        load_last_good(path)
+
+
+def test_the_one_before_is_no_copy_of_the_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    save_checkpoint(path, {"round": 0}, tensors())
+    inode = path.stat().st_ino
+    save_checkpoint(path, {"round": 1}, tensors())
+    assert previous(path).stat().st_ino == inode

@@ -67,7 +67,8 @@ def changed(change: Callable[[Tally], Tally]) -> Tamper:
     def tamper(verb: Verb, reply: Reply) -> Sequence[Reply]:
         if verb == "census" or reply.document is None:
             return [reply]
-        return [Reply(reply.node, change(Tally.from_bytes(reply.document)).to_bytes())]
+        honest = Tally.from_bytes(reply.document)
+        return [Reply(reply.node, replace(change(honest), ticket=honest.ticket).to_bytes())]
 
     return tamper
 
