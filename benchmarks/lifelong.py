@@ -32,7 +32,7 @@ SPECTRAL: dict[str, Any] = {
         "popularity_weight": 0.15,
     },
     "training": {
-        "statistics": {"item_share": 0.95, "feature_share": 0.0, "count_share": 0.05},
+        "statistics": {"item_share": 1.0, "feature_share": 0.0},
         "base": {"rounds": 0}, "later": {"rounds": 0},
     },
 }  # fmt: skip

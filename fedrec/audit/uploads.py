@@ -116,7 +116,7 @@ def strengths(sums: Mapping[str, Array], plan: RoundPlan) -> dict[str, Floats]:
         rows_of = sorted(MODELS[type(plan.model)].row_names & sums.keys())
         squares = [np.square(sums[name].reshape(n, -1), dtype=np.float64).sum(axis=1) for name in rows_of]
         return {"rows": np.sqrt(np.sum(squares, axis=0))} if squares else {}
-    if sums["counts"].any():
+    if "counts" in sums:
         found["counts"] = sums["counts"].astype(np.float64)
     if "pairs" in sums:
         found["pairs"] = np.asarray(unpacked(sums["pairs"][:, 0], n).sum(axis=1), np.float64)

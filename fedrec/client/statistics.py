@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +27,12 @@ def cooccurrence(task: CooccurrenceTask, cohort: Cohort, n_items: int, features:
         task: what is asked.
         cohort: the clients; pairs count if their later place is in ``[low, high)``.
         n_items: how many items the server knows.
-        features: B [n_items, r], public; needed if the task has a `feature_share`.
+        features: B [n_items, r], which the plan brings; needed if the task has a `feature_share`.
 
     Returns:
         For the sketch of pairs ``pairs`` [n (n + 1) / 2, 1 or 2] float32: the items' block, and with a feature share
         the same pairs so weighted that their projection by B is the features' block; for the sketch of features
-        ``features`` [r (r + 1) / 2]; always ``counts`` [n_items].
+        ``features`` [r (r + 1) / 2].
 
     Raises:
         ProtocolError: features are missing or of another shape, or a client took an item that the server does not know.
@@ -45,7 +46,7 @@ def cooccurrence(task: CooccurrenceTask, cohort: Cohort, n_items: int, features:
 
 
 def _empty(task: CooccurrenceTask, n_items: int, features: Features | None) -> dict[str, NDArray[np.float64]]:
-    sums = {"counts": np.zeros(n_items)}
+    sums: dict[str, NDArray[np.float64]] = {}
     if task.sketch == "pairs":
         sums["pairs"] = np.zeros((packed_size(n_items), 2 if task.feature_share else 1))
     elif features is not None:
@@ -69,28 +70,17 @@ def _add(
     if items.max(initial=0) >= n_items:
         raise ProtocolError(f"The window holds item {items.max()}, but the plan knows {n_items} items; ask for all.")
     new = there & (place >= people.low[:, None])
-    sums["counts"] += _counts(items, new, n_items, task.count_share)
     person, low, high, weight = _pairs(items, new, there, task, n_items)
     if features is not None and task.feature_share:
-        total, scale = _projected(items, there, new, task, features)
         if task.sketch == "features":
-            sums["features"] += packed(total)
+            sums["features"] += packed(_projected(items, there, new, task, features))
         else:
+            scale = _scales(items, there, new, task, features)
             sums["pairs"][:, 1] += _scattered(low, high, weight * scale[person], n_items)
     if task.sketch == "pairs":
         norms = np.sqrt(np.bincount(person, weight**2, minlength=len(items)))
         scale = math.sqrt(task.item_share) / np.where(norms > 0, norms, np.inf)
         sums["pairs"][:, 0] += _scattered(low, high, weight * scale[person], n_items)
-
-
-def _counts(items: NDArray[np.int64], new: NDArray[np.bool_], n_items: int, share: float) -> NDArray[np.float64]:
-    """Return how often each item was taken, every person's row of ones scaled to the root of the share."""
-    person = np.nonzero(new)[0]
-    taken = np.unique(person * n_items + items[new])
-    each = np.bincount(taken // n_items, minlength=len(items))
-    return np.asarray(
-        np.bincount(taken % n_items, math.sqrt(share) / np.sqrt(each[taken // n_items]), minlength=n_items), np.float64
-    )
 
 
 def _pairs(
@@ -133,25 +123,55 @@ def _projected(
     new: NDArray[np.bool_],
     task: CooccurrenceTask,
     features: Features,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the sum of ``s_u B^T M_u B`` [r, r], and the scales s_u that bring each to the share's root."""
-    width, r = items.shape[1], features.shape[1]
-    near = _near(width, task.lag, task.decay)
-    total, scales = np.zeros((r, r)), np.zeros(len(items))
+) -> NDArray[np.float64]:
+    """Return the sum of ``B^T M_u B`` [r, r], each scaled so that its triangle has the norm of the share's root."""
+    total = np.zeros((features.shape[1], features.shape[1]))
+    for own, weights in _windows(items, there, new, task, features):
+        square = own.T @ (weights @ own)
+        norm = math.sqrt(_triangle_square(square))
+        if norm > 0:
+            total += math.sqrt(task.feature_share) / norm * square
+    return total
+
+
+def _scales(
+    items: NDArray[np.int64],
+    there: NDArray[np.bool_],
+    new: NDArray[np.bool_],
+    task: CooccurrenceTask,
+    features: Features,
+) -> NDArray[np.float64]:
+    r"""Return the scales s_u of `_projected`, without its matrices.
+
+    .. math:: 2 \, |B^T M B|_\triangle^2 = \mathrm{tr}(M K M K) + \sum_k (B^T M B)_{kk}^2, \qquad K = B B^T
+    """
+    scales = np.zeros(len(items))
+    for u, (own, weights) in enumerate(_windows(items, there, new, task, features)):
+        near = weights @ (own @ own.T)
+        diagonal = np.einsum("ak,ak->k", weights @ own, own, dtype=np.float64)
+        square = (np.einsum("ab,ba->", near, near, dtype=np.float64) + float(diagonal @ diagonal)) / 2.0
+        if square > 0:
+            scales[u] = math.sqrt(task.feature_share / square)
+    return scales
+
+
+def _windows(
+    items: NDArray[np.int64],
+    there: NDArray[np.bool_],
+    new: NDArray[np.bool_],
+    task: CooccurrenceTask,
+    features: Features,
+) -> Iterator[tuple[Features, Features]]:
+    """Yield each person's rows of features [n, r], and how much each two places weigh [n, n]."""
+    near = _near(items.shape[1], task.lag, task.decay)
     for u, row in enumerate(items):
         n = int(there[u].sum())
         first = int(new[u].argmax())
-        own = features[row[:n]]
         weights = near[:n, :n]
         if first:
             weights = weights.copy()
             weights[:first, :first] = 0.0
-        square = own.T @ (weights @ own)
-        norm = math.sqrt(_triangle_square(square))
-        if norm > 0:
-            scales[u] = math.sqrt(task.feature_share) / norm
-            total += scales[u] * square
-    return total, scales
+        yield features[row[:n]], weights
 
 
 def _triangle_square(square: NDArray[np.floating]) -> float:

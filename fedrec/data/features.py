@@ -121,6 +121,12 @@ class FeatureSettings(BaseModel):
     """How many random Fourier features of the raw vectors stand beside them; 0: none."""
     bandwidth: float = Field(default=0.9, gt=0)
     """How fast the Fourier features vary: the inverse width of the kernel that they stand for."""
+    popularity: float = Field(default=0.5, ge=0, le=1)
+    """By which power of their released popularity items count when the directions are chosen, so that the space tells
+    items apart that people take; 0: all alike."""
+    spread: float = Field(default=0.0, ge=0, le=1)
+    """Power of a direction's spread over the items that stays in its column, so that little of a contribution goes to
+    directions in which items hardly differ; 0: all columns are of one length."""
 
     @model_validator(mode="after")
     def _path_where_needed(self) -> Self:
@@ -148,16 +154,22 @@ def make_encoder(name: str, path: str | None = None) -> TextEncoder:
     return HashedText()
 
 
-def item_features(catalog: ItemCatalog, settings: FeatureSettings, n_fitted: int | None = None) -> Matrix:
-    """Return [n_items, rank] vectors of all items, white over the first `n_fitted`.
+def item_features(
+    catalog: ItemCatalog, settings: FeatureSettings, n_fitted: int | None = None, popular: NDArray[Any] | None = None
+) -> Matrix:
+    r"""Return [n_items, rank] vectors of all items: principal components of their raw features.
 
-    Means, scales and directions are taken from the first `n_fitted` items alone, so an item's vector never changes when
-    others join later.
+    .. math:: B = (X - 1 \mu^T) \, V S^{t - 1}, \qquad \mu = X^T q, \quad
+              V S^2 V^T = (X - 1 \mu^T)^T \mathrm{diag}(q) (X - 1 \mu^T), \quad q_i \propto c_i^a
+
+    with c the items' popularity, a `settings.popularity` and t `settings.spread`. Means, scales and directions are
+    taken from the first `n_fitted` items alone, so an item's vector never changes when others join later.
 
     Args:
         catalog: titles and attributes.
         settings: encoder and size.
         n_fitted: how many items there were when the space was laid down; None: all.
+        popular: [>= n_fitted] released counts of when the space was laid down; None: all items count alike.
 
     Raises:
         DataError: the items have neither titles nor attributes, or the encoder is not installed.
@@ -170,19 +182,28 @@ def item_features(catalog: ItemCatalog, settings: FeatureSettings, n_fitted: int
         angles = raw @ directions
         waves = np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * (2.0 / np.sqrt(half))
         raw = np.concatenate([0.5 * raw, waves], axis=1)
-    centred = raw - raw[:n].mean(axis=0)
+    weights = _weights(popular, n) ** settings.popularity if popular is not None else np.ones(n)
+    weights = weights[:, None] / weights.sum()
+    centred = raw - (weights * raw[:n]).sum(axis=0)
     # Eigenvectors of the small Gram matrix are the right singular vectors, at a fraction of the cost.
-    squares, columns = np.linalg.eigh(centred[:n].T @ centred[:n])
+    squares, columns = np.linalg.eigh((weights * centred[:n]).T @ centred[:n])
     spread = np.sqrt(np.maximum(squares[::-1], 0.0))
     rank = min(settings.rank, int((spread > spread[0] * 1e-4).sum()))
     # A sign that does not depend on the machine: the largest entry of a direction is positive.
     kept = columns.T[::-1][:rank]
     kept = kept * np.sign(np.take_along_axis(kept, np.abs(kept).argmax(axis=1)[:, None], axis=1))
-    vectors = centred @ (kept / spread[:rank, None]).T
+    scale = spread[:rank, None] * (spread[0] / spread[:rank, None]) ** settings.spread
+    vectors = centred @ (kept / scale).T
     vectors /= np.linalg.norm(vectors[:n], axis=1).mean()
     found = np.zeros((len(catalog), settings.rank), np.float32)
     found[:, :rank] = vectors
     return found
+
+
+def _weights(popular: NDArray[Any], n: int) -> NDArray[np.float64]:
+    """Return [n] positive popularity: a fifth of the mean is added, so that noise near 0 is not stretched."""
+    taken = np.maximum(popular[:n].astype(np.float64), 0.0)
+    return taken + 0.2 * taken.mean() if taken.any() else np.ones(n)
 
 
 def _raw(catalog: ItemCatalog, settings: FeatureSettings, n: int) -> list[NDArray[np.float64]]:

@@ -39,7 +39,7 @@ def shapes_of(plan: RoundPlan) -> Shapes:
 
 def cooccurrence_shapes(task: CooccurrenceTask, n_items: int, rank: int) -> Shapes:
     """Return what the sums of a co-occurrence statistic look like in a feature space of `rank` dimensions."""
-    shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.float32]]] = {"counts": ((n_items,), _F32)}
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype[np.float32]]] = {}
     if task.sketch == "pairs":
         shapes["pairs"] = ((packed_size(n_items), 2 if task.feature_share else 1), _F32)
     elif task.feature_share:

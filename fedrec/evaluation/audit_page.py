@@ -24,7 +24,6 @@ BOUNDS = {
 QUESTIONS = {"person": "Was this person in the run?", "interaction": "Was this interaction in the run?"}
 PARTS = {
     ("count", "counts"): "counts",
-    ("cooccurrence", "counts"): "statistic's counts",
     ("cooccurrence", "pairs"): "statistic's pairs",
     ("cooccurrence", "features"): "statistic's features",
     ("fit", "rows"): "model update",

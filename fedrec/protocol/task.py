@@ -90,10 +90,8 @@ class CooccurrenceSettings(_Settings):
     the dense triangle in feature space, which can be masked; one that is not betrays which items are likely."""
     item_share: float = Field(default=0.75, ge=0, le=1)
     """Share of the squared norm that goes to M; must be 0 in a sketch of features."""
-    feature_share: float = Field(default=0.22, ge=0, le=1)
+    feature_share: float = Field(default=0.25, ge=0, le=1)
     """Share that goes to the feature space."""
-    count_share: float = Field(default=0.03, ge=0, le=1)
-    """Share that goes to the counts."""
     last: int = Field(default=200, ge=2)
     """How many of the newest interactions are looked at."""
     lag: int = Field(default=20, ge=1)
@@ -103,24 +101,24 @@ class CooccurrenceSettings(_Settings):
 
     @model_validator(mode="after")
     def _within_one(self) -> Self:
-        if self.item_share + self.feature_share + self.count_share > 1 + 1e-9:
-            raise ValueError("the shares of items, features and counts add up to more than 1")
+        if self.item_share + self.feature_share > 1 + 1e-9:
+            raise ValueError("the shares of items and features add up to more than 1")
         if self.sketch == "features" and self.item_share:
             raise ValueError("a sketch of features holds no single items; set item_share to 0")
         return self
 
 
 class CooccurrenceTask(CooccurrenceSettings):
-    r"""Contribute which items the client took near each other, and which at all, as one vector of norm 1.
+    r"""Contribute which items the client took near each other, as one vector of norm 1.
 
     With :math:`x_a` the item at place a of the client's newest `last` interactions and only pairs whose later place is
     in the window,
 
     .. math:: M_{ij} = \sum_{a \ne b,\; |a - b| \le lag} decay^{|a - b|} \, [x_a = i] [x_b = j] .
 
-    The contribution is three blocks, each scaled to the root of its share: the upper triangle of M, the upper triangle
-    of :math:`B^T M B` in the public item features B, and the items taken in the window. Whatever a person did, it has
-    norm 1 at most, so it needs no clipping.
+    The contribution is two blocks, each scaled to the root of its share: the upper triangle of M, and the upper
+    triangle of :math:`B^T M B` in the item features B. Whatever a person did, it has norm 1 at most, so it needs no
+    clipping.
     """
 
     kind: Literal["cooccurrence"] = "cooccurrence"

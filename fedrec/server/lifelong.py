@@ -19,7 +19,7 @@ from fedrec.evaluation.asked import cooccurrence_shapes
 from fedrec.models.blend import started
 from fedrec.models.build import trained
 from fedrec.models.configs import BlendConfig, PopularityConfig, SpectralConfig
-from fedrec.params import Params
+from fedrec.params import Array, Params
 from fedrec.privacy.settings import LocalPrivacy
 from fedrec.protocol.codec import Plain
 from fedrec.protocol.link import Link
@@ -194,7 +194,7 @@ def _begin(
     spent = counted
     state = _blamed(state, counted.offenders, recipe, desk)
     if recipe.experiment.training.statistics is not None:
-        statistic, prior, params, gathered = _statistic(state, link, time_slice, recipe, roster, desk, params)
+        statistic, prior, params, gathered = _statistic(state, link, time_slice, recipe, roster, desk, params, total)
         spent = replace(
             counted,
             bytes_down=counted.bytes_down + gathered.bytes_down,
@@ -238,8 +238,11 @@ def _statistic(
     roster: Roster,
     desk: Desk,
     params: Params,
+    counts: Array,
 ) -> tuple[Params, Params, Params, Gathered]:
     """Gather the slice's statistic, add it to the ones before, and make the spectral model from all of it.
+
+    The space of features is laid down by the first slice's items and their released popularity, and stays.
 
     Returns:
         the statistic of all slices so far; the parameters of a blend's prior; those that rounds train; what was asked.
@@ -248,7 +251,8 @@ def _statistic(
     n_items = time_slice.n_items
     task = settings.task(time_slice.train)
     fitted = state.releases[0]["n_items"] if state.releases else n_items
-    features = item_features(desk.catalog.prefix(n_items), settings.features, fitted) if task.feature_share else None
+    popular, catalog = state.statistic.get("popular", counts), desk.catalog.prefix(n_items)
+    features = item_features(catalog, settings.features, fitted, popular) if task.feature_share else None
     rank = 0 if features is None else features.shape[1]
     key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "statistic")
     inputs = {} if features is None else {"features": features}
@@ -272,15 +276,14 @@ def _statistic(
         variance = np.full(1, (mechanism.clip_norm * mechanism.noise_multiplier) ** 2, np.float32)
         got = replace(got, sums={**got.sums, "variance": variance})
     before = state.releases[-1]["n_items"] if state.releases else n_items
-    total = added(grown_statistic(state.statistic, before, n_items), got.sums)
+    total = {**added(grown_statistic(state.statistic, before, n_items), got.sums), "popular": popular}
     model = recipe.experiment.model
-    if isinstance(model, SpectralConfig) and total:
-        params = spectral_params(total, model, features, n_items)
+    if isinstance(model, SpectralConfig):
+        params = spectral_params(total, counts, model, features, n_items)
     prior: Params = {}
     wanted = prior_config(recipe.experiment)
     if wanted is not None:
-        empty = {"counts": np.zeros(n_items, np.float32)}
-        prior = spectral_params(total or empty, wanted, features, n_items)
+        prior = spectral_params(total, counts, wanted, features, n_items)
     if isinstance(model, BlendConfig) and not state.params and model.start == "prior":
         params = started(prior, params, model)
     return total, prior, params, got

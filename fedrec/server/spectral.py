@@ -38,13 +38,14 @@ def projected(features: Features | None, sums: Params, n_clients: int) -> dict[s
 
 
 def spectral_params(
-    statistic: Params, config: SpectralConfig, features: Features | None, n_items: int
+    statistic: Params, counts: Array, config: SpectralConfig, features: Features | None, n_items: int
 ) -> dict[str, Array]:
     """Return the parameters of the spectral model.
 
     Args:
-        statistic: noised ``items`` [n (n + 1) / 2], ``features`` [r (r + 1) / 2], ``counts`` [n]; what is missing
-            leaves its part at zero; ``variance`` [1] of the noise in each entry, 0 if missing.
+        statistic: noised ``items`` [n (n + 1) / 2], ``features`` [r (r + 1) / 2]; what is missing leaves its part at
+            zero; ``variance`` [1] of the noise in each entry, 0 if missing.
+        counts: [n] released popularity counts.
         config: ranks and powers.
         features: B [n, r].
         n_items: n.
@@ -56,7 +57,7 @@ def spectral_params(
     if "items" in statistic and config.item_rank and n_items > 1:
         pairs = unpacked(statistic["items"], n_items)
         deviation = math.sqrt(float(statistic["variance"][0])) if "variance" in statistic else 0.0
-        pairs = expected_pairs(pairs, statistic["counts"], deviation, features, small, config.caution)
+        pairs = expected_pairs(pairs, counts, deviation, features, small, config.caution)
         rows = _rows(pairs, config.item_rank, config.item_power)
     carried = np.zeros((n_items, config.feature_rank), np.float32)
     if small is not None and features is not None and config.feature_rank:
@@ -64,7 +65,7 @@ def spectral_params(
     return {
         "items": rows,
         "features": carried,
-        "popularity": popularity(statistic["counts"]),
+        "popularity": popularity(counts),
         "item_spread": _covariance(rows),
         "feature_spread": _covariance(carried),
     }
@@ -81,7 +82,6 @@ def grown_statistic(statistic: Params, n_before: int, n_items: int) -> dict[str,
     if n_before == n_items or not statistic:
         return dict(statistic)
     grown = dict(statistic)
-    grown["counts"] = np.concatenate([statistic["counts"], np.zeros(n_items - n_before, np.float32)])
     if "items" in statistic:
         square = np.zeros((n_items, n_items), np.float32)
         square[:n_before, :n_before] = unpacked(statistic["items"], n_before)

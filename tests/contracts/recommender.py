@@ -40,7 +40,7 @@ from fedrec.models.recommender import Recommender, get_params, set_params, to_to
 from fedrec.params import Params
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation
-from fedrec.protocol.task import CooccurrenceTask, FitTask, LocalTraining
+from fedrec.protocol.task import CooccurrenceTask, CountTask, FitTask, LocalTraining
 from fedrec.random import Key
 from fedrec.server import optimizer
 from fedrec.server.spectral import projected, spectral_params
@@ -180,7 +180,9 @@ def counted(config: SpectralConfig, pool: LogPool, window: LastWindow, slots: ND
         0, 0, task, PopularityConfig(), n_items, {}, KEY.child("statistic"), digest, slots, {"features": features}
     )
     tally = pool.run(plan)
-    return spectral_params(projected(features, tally.sums, tally.n_clients), config, features, n_items)
+    statistic = projected(features, tally.sums, tally.n_clients)
+    counts = pool.run(replace(plan, task=CountTask(window=window))).sums["counts"]
+    return spectral_params(statistic, counts, config, features, n_items)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:

@@ -66,9 +66,9 @@ def test_the_noised_secure_sum_is_the_plain_one_but_for_little_noise(kind: str, 
         task: AnyTask = CountTask(window=WINDOW, clip_norm=2.0)
         shapes, clip = {"counts": ((N,), f32)}, 2.0
     elif kind == "features":
-        task = CooccurrenceTask(window=WINDOW, sketch="features", item_share=0.0, feature_share=0.8, count_share=0.2)
+        task = CooccurrenceTask(window=WINDOW, sketch="features", item_share=0.0, feature_share=1.0)
         inputs = {"features": Key.from_seed(1).numpy().standard_normal((N, 6)).astype(np.float32)}
-        shapes = {"counts": ((N,), f32), "features": ((21,), f32)}
+        shapes = {"features": ((21,), f32)}
     else:
         from fedrec.models.build import build
 

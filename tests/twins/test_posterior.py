@@ -95,11 +95,11 @@ def test_nothing_but_noise_gives_finite_means() -> None:
 
 def test_model_takes_the_means_where_the_statistic_tells_its_noise() -> None:
     pairs, counts, _, _ = world(4)
-    statistic = {"items": packed(pairs).astype(np.float32), "counts": counts}
+    statistic = {"items": packed(pairs).astype(np.float32)}
     noisy = {**statistic, "variance": np.full(1, DEVIATION**2, np.float32)}
     with_it = SpectralConfig(item_rank=5, feature_rank=0, caution=1.0)
     without = SpectralConfig(item_rank=5, feature_rank=0, caution=0.0)
-    rows = [spectral_params(s, c, None, N)["items"] for s in (statistic, noisy) for c in (with_it, without)]
+    rows = [spectral_params(s, counts, c, None, N)["items"] for s in (statistic, noisy) for c in (with_it, without)]
     np.testing.assert_array_equal(rows[0], rows[1])
     np.testing.assert_array_equal(rows[1], rows[3])
     assert not np.allclose(np.abs(rows[2]), np.abs(rows[3]), atol=1e-3)

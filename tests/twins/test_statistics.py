@@ -31,7 +31,7 @@ from tests.support import dataset_of, small_rows
 WINDOW = LastWindow(skip=0)
 N_ITEMS, RANK = 9, 4
 FEATURES = Key.from_seed(4).numpy().normal(size=(N_ITEMS, RANK)).astype(np.float32)
-SHARES = {"item_share": 0.5, "feature_share": 0.3, "count_share": 0.2}
+SHARES = {"item_share": 0.5, "feature_share": 0.5}
 
 
 def log_of(histories: list[list[int]]) -> InteractionLog:
@@ -50,13 +50,10 @@ def cohort_of(histories: list[list[int]], low: list[int] | None = None) -> Cohor
 def slow(task: CooccurrenceTask, history: list[int], low: int) -> dict[str, Any]:
     """Return one person's blocks, before they are told in whatever form, by looping over pairs of places."""
     m = np.zeros((N_ITEMS, N_ITEMS))
-    counts = np.zeros(N_ITEMS)
     first = max(0, len(history) - task.last)
     for a, b in itertools.permutations(range(first, len(history)), 2):
         if abs(a - b) <= task.lag and max(a, b) >= low:
             m[history[a], history[b]] += task.decay ** abs(a - b)
-    for item in set(history[max(low, first) :]):
-        counts[item] = 1.0
     small = FEATURES.T @ m @ FEATURES
 
     def scaled(block: np.ndarray, share: float) -> np.ndarray:
@@ -66,7 +63,6 @@ def slow(task: CooccurrenceTask, history: list[int], low: int) -> dict[str, Any]
     return {
         "items": scaled(packed(m), task.item_share),
         "features": scaled(packed(small), task.feature_share),
-        "counts": scaled(counts, task.count_share),
     }
 
 
@@ -83,7 +79,7 @@ def test_the_sums_are_those_of_a_plain_loop(low: list[int], bounds: dict[str, An
     tally = cooccurrence(task, cohort_of(HISTORIES, low), N_ITEMS, FEATURES)
     found = projected(FEATURES, tally.sums, tally.n_clients)
     expected = [slow(task, history, first) for history, first in zip(HISTORIES, low, strict=True)]
-    names = {"items", "features", "counts"} - ({"items"} if sketch == "features" else set())
+    names = {"items", "features"} - ({"items"} if sketch == "features" else set())
     assert found.keys() == names
     for name in names:
         np.testing.assert_allclose(found[name], sum(person[name] for person in expected), atol=2e-5)
@@ -172,7 +168,6 @@ def test_a_grown_statistic_keeps_what_was_seen() -> None:
     grown = grown_statistic(old, N_ITEMS, N_ITEMS + 3)
     np.testing.assert_array_equal(unpacked(grown["items"], N_ITEMS + 3)[:N_ITEMS, :N_ITEMS], unpacked(old["items"], 9))
     assert not unpacked(grown["items"], N_ITEMS + 3)[N_ITEMS:].any()
-    assert len(grown["counts"]) == N_ITEMS + 3
     doubled = added(grown, grown)
     np.testing.assert_allclose(doubled["features"], 2 * old["features"])
     assert added({}, old).keys() == old.keys()

@@ -38,7 +38,7 @@ def experiment(privacy: dict[str, Any] | None = None) -> Experiment:
         "split": {"kind": "leave_one_out"},
         "model": {"kind": "spectral", "item_rank": 200, "feature_rank": 0, "popularity_weight": 0.0, "length": 8},
         "training": {
-            "statistics": {"item_share": 0.9, "feature_share": 0.0, "count_share": 0.1, "decay": 0.5},
+            "statistics": {"item_share": 1.0, "feature_share": 0.0, "decay": 0.5},
             "base": {"rounds": 0},
             "later": {"rounds": 0},
         },

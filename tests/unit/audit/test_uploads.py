@@ -64,9 +64,7 @@ def test_the_rows_of_a_model_update_name_targets_among_the_drawn_negatives() -> 
 def test_a_dense_sketch_of_features_still_tells_of_items() -> None:
     """A client's matrix in feature space lies in the span of the features of what the client took."""
     features = KEY.child("features").numpy().standard_normal((200, 16)).astype(np.float32)
-    task = CooccurrenceTask(
-        window=WINDOW, sketch="features", item_share=0.0, feature_share=1.0, count_share=0.0
-    )  # no counts beside it
+    task = CooccurrenceTask(window=WINDOW, sketch="features", item_share=0.0, feature_share=1.0)  # no counts beside it
     plan = RoundPlan(
         0, 0, task, PopularityConfig(), 200, {}, KEY, DATA.catalog.digest(), np.arange(0), {"features": features}
     )

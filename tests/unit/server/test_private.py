@@ -307,7 +307,7 @@ def test_tasks_of_a_private_run_are_bounded() -> None:
     assert FitTask(window=base.train).local.clip_norm > 0
     assert EvaluateTask(window=base.test, n_known_items=3).private is False
     shares = CooccurrenceTask(window=base.train)
-    assert shares.item_share + shares.feature_share + shares.count_share <= 1
+    assert shares.item_share + shares.feature_share <= 1
 
 
 def test_the_command_line_plans_and_shows(tmp_path: Path) -> None:
