@@ -273,10 +273,14 @@ def _statistic(
         mechanism = guard.mechanism(guard.settings.statistics, 1.0)
         prepare = partial(projected, features)
         got = private_gather(guard, name, mechanism, 1.0, 1.0, ask, prepare)
-        variance = np.full(1, (mechanism.clip_norm * mechanism.noise_multiplier) ** 2, np.float32)
-        got = replace(got, sums={**got.sums, "variance": variance})
+        counting = guard.mechanism(guard.settings.count, guard.settings.count_clip)
+        noise = {"variance": mechanism, "count_variance": counting}
+        variances = {
+            what: np.full(1, (one.clip_norm * one.noise_multiplier) ** 2, np.float32) for what, one in noise.items()
+        }
+        got = replace(got, sums={**got.sums, **variances})
     before = state.releases[-1]["n_items"] if state.releases else n_items
-    total = {**added(grown_statistic(state.statistic, before, n_items), got.sums), "popular": popular}
+    total = {**added(grown_statistic(state.statistic, before, n_items), got.sums), "popular": popular, "counts": counts}
     model = recipe.experiment.model
     if isinstance(model, SpectralConfig):
         params = spectral_params(total, counts, model, features, n_items)

@@ -33,8 +33,8 @@ class ServerState:
         average: moving average of the parameters over the slice's rounds; empty if the experiment wants none.
         memory: the server optimizer's state.
         counts: {"counts": [n_items] float32}, how many people took each item in the slices so far.
-        statistic: the co-occurrence statistic of the slices so far, with its noise, and the popularity that shaped its
-            space of features; empty if the experiment wants none.
+        statistic: the co-occurrence statistic of the slices so far, with its noise, and the counts, those of
+            now and those that shaped its space of features; empty if the experiment wants none.
         anchor: the parameters that the slice began with, if training holds on to them; empty in the first slice.
         prior: parameters of a blend's spectral part, made from `statistic`.
         study: while the slice is distilled: "fitted:" parameters as the rounds left them, "memory:" of the optimizer.

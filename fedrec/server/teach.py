@@ -164,7 +164,7 @@ def reliability(statistic: Params, n_items: int) -> NDArray[np.float32]:
     Without noise that is 1 for every item that anybody took, and 0 for the others.
     """
     counts = np.maximum(np.asarray(statistic["counts"], np.float64), 0.0)
-    variance = float(statistic["variance"][0]) if "variance" in statistic else 0.0
+    variance = float(statistic["count_variance"][0]) if "count_variance" in statistic else 0.0
     square = np.square(counts)
     return np.divide(np.maximum(square - variance, 0.0), square, out=np.zeros(n_items), where=square > 0).astype(
         np.float32

@@ -19,7 +19,7 @@ from tests.support import FEDREC, environment, fedrec, release_files, small_proj
 
 SHORT: dict[str, Any] = {"training__base__rounds": 3, "training__later__rounds": 2, "split__later": 1}
 TAUGHT: dict[str, Any] = {
-    "training__statistics": {"item_share": 0.9, "feature_share": 0.0, "count_share": 0.1},
+    "training__statistics": {"item_share": 1.0, "feature_share": 0.0},
     "training__distil": {
         "steps": 5, "batch": 4, "places": 2, "prior": {"item_rank": 4, "feature_rank": 0, "length": 8},
         "transfer": {"histories": 8, "length": 6},

@@ -23,7 +23,7 @@ PRIOR = {"item_rank": 4, "feature_rank": 0, "length": 8}
 DISTIL: dict[str, Any] = {
     "steps": 4, "batch": 4, "places": 3, "prior": PRIOR, "transfer": {"histories": 8, "length": 6, "previous": 1.0},
 }  # fmt: skip
-STATISTICS = {"item_share": 0.9, "feature_share": 0.0, "count_share": 0.1}
+STATISTICS = {"item_share": 1.0, "feature_share": 0.0}
 
 
 def experiment_of(**changes: Any) -> Experiment:
@@ -101,7 +101,7 @@ def copied(source: Path, target: Path, n_releases: int) -> None:
 def test_noise_lowers_what_the_statistic_is_trusted_with() -> None:
     counts = np.array([0.0, 1.0, 3.0, 30.0], np.float32)
     assert reliability({"counts": counts}, 4).tolist() == [0.0, 1.0, 1.0, 1.0]
-    noised = reliability({"counts": counts, "variance": np.float32([4.0])}, 4)
+    noised = reliability({"counts": counts, "count_variance": np.float32([4.0])}, 4)
     assert noised == pytest.approx([0.0, 0.0, 5 / 9, 896 / 900])
 
 
