@@ -1,6 +1,6 @@
 """Distillation on the server at zero added epsilon: what is retained over a life, and what a device student keeps.
 
-The life is that of `benchmarks.lifelong`: the published F3CRec blocks of ML-100K, everything known masked, NDCG@20, no
+The life: the published F3CRec blocks of ML-100K, everything known masked, NDCG@20, no
 privacy. Both arms train the same rounds of the same seed; one is taught after them. Settings were chosen with
 ``--validation``.
 """
@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from benchmarks.harness import Row, claim, progress, run, unclaimed
-from benchmarks.lifelong import FITTED, SPECTRAL, experiment_of, f3crec_blocks, live
+from benchmarks.lives import experiment_of, f3crec_blocks, live
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.data.sources import load_dataset
@@ -28,6 +28,25 @@ from fedrec.grid.simulate import simulate
 SEEDS = (1, 2, 3, 4, 5)
 T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Of Student's distribution at 97.5 %, by the number of seeds."""
+SPECTRAL: dict[str, Any] = {
+    "model": {
+        "kind": "spectral", "item_rank": 60, "feature_rank": 0, "item_power": 0.35, "decay": 0.88,
+        "popularity_weight": 0.15,
+    },
+    "training": {
+        "statistics": {"item_share": 1.0, "feature_share": 0.0},
+        "base": {"rounds": 0}, "later": {"rounds": 0},
+    },
+}  # fmt: skip
+FITTED: dict[str, Any] = {
+    "model": {"kind": "transformer", "dim": 64, "softmax": {"kind": "sampled", "negatives": 256}},
+    "training": {
+        "average": 0.99, "cohort": {"kind": "poisson", "expected": 64},
+        "server": {"kind": "adam", "learning_rate": 2e-3},
+        "base": {"rounds": 300, "warmup": 15, "final": 0.05},
+        "later": {"rounds": 50, "warmup": 5, "final": 0.1, "speed": 0.5},
+    },
+}  # fmt: skip
 PRIOR = {name: value for name, value in SPECTRAL["model"].items() if name != "kind"}
 DISTIL: dict[str, Any] = {
     "steps": 120, "learning_rate": 3e-3, "statistic": 3.0, "fitted": 1.0, "previous": 0.0, "prior": PRIOR,
@@ -52,7 +71,7 @@ def paired(differences: Sequence[float]) -> tuple[float, float, float]:
 
 def lives_of(dataset: Dataset, training: dict[str, Any], seeds: Sequence[int], what: str) -> list[Life]:
     """Live one life per seed."""
-    return [live(experiment_of(FITTED, training, seed), dataset)[0] for seed in progress(seeds, what)]
+    return [live(experiment_of(FITTED, seed, {"training": training}), dataset).life for seed in progress(seeds, what)]
 
 
 def life_rows(dataset: Dataset, seeds: Sequence[int], short: dict[str, Any], judge: Any) -> list[Row]:
@@ -67,7 +86,7 @@ def life_rows(dataset: Dataset, seeds: Sequence[int], short: dict[str, Any], jud
                 Row(f"{what}, {name} average", float(np.mean([getattr(o, name) for o in arms[what]])), "NDCG@20")
             )
         rows.append(Row(f"{what}, processor time of a life", (time.process_time() - began) / len(seeds), "s"))
-    alone, _ = live(experiment_of(SPECTRAL, {}, 1), dataset)
+    alone = live(experiment_of(SPECTRAL, 1), dataset).life
     rows.append(Row("its teacher, the statistic alone, retained average", alone.retained, "NDCG@20"))
     for name in ("retained", "harmonic"):
         pairs = zip(arms["fine-tune"], arms["distilled"], strict=True)

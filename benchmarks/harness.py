@@ -52,7 +52,13 @@ def unclaimed(what: str, value: float, unit: str, relation: str, bound: float) -
     return Row(what, value, unit, f"{relation} {bound:g}")
 
 
-def run(name: str, what: str, measure: Callable[[bool], Sequence[Row]], argv: Sequence[str] | None = None) -> int:
+def run(
+    name: str,
+    what: str,
+    measure: Callable[[bool], Sequence[Row]],
+    argv: Sequence[str] | None = None,
+    typed: Sequence[str] | None = None,
+) -> int:
     """Parse the arguments, measure, print the table, write the JSON; return 1 if a claim does not hold.
 
     Args:
@@ -60,6 +66,7 @@ def run(name: str, what: str, measure: Callable[[bool], Sequence[Row]], argv: Se
         what: one sentence for ``--help``.
         measure: gets whether ``--quick`` was given; a quick run is smaller, and its figures claim less.
         argv: arguments; those of the process if not given.
+        typed: what stands in the record as the arguments, where a benchmark took some of its own out of `argv`.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=what)
     parser.add_argument("--quick", action="store_true", help="a smaller run, to see that it works")
@@ -78,7 +85,7 @@ def run(name: str, what: str, measure: Callable[[bool], Sequence[Row]], argv: Se
         given = sys.argv[1:] if argv is None else argv
         document = {
             "benchmark": name,
-            "command": shlex.join(["python", "-m", f"benchmarks.{name}", *given]),
+            "command": shlex.join(["python", "-m", f"benchmarks.{name}", *(typed or given)]),
             "quick": arguments.quick,
             "machine": machine(threads=1),
             "rows": [asdict(row) for row in rows],

@@ -57,8 +57,9 @@ class BlockSplit(_Settings):
     kind: Literal["blocks"] = "blocks"
     later: int = Field(default=3, ge=1)
     """How many blocks follow the first."""
-    refit: bool = False
-    """Train the later slices on everything so far instead of on their own block: the ceiling, at its price."""
+    refit: Literal["no", "warm", "fresh"] = "no"
+    """Train the later slices on everything so far instead of on their own block, going on from the release before
+    ("warm") or from a new model ("fresh"): the ceiling, at its price."""
 
 
 class ScheduleSplit(_Settings):
@@ -137,6 +138,8 @@ class StageConfig(_Settings):
     """What part of the learning rate is left in the last round; it falls along a cosine."""
     speed: float = Field(default=1.0, gt=0)
     """Factor on the server's learning rate in this stage."""
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    """Dropout while training in this stage, of a model that has one; None: as the model says."""
 
 
 class StatisticsConfig(CooccurrenceSettings):
@@ -192,6 +195,30 @@ class Bounded(_Settings):
 AnyAggregate = Mean | Median | TrimmedMean | Krum | Bounded
 
 
+class EwcConfig(_Settings):
+    """Elastic weight consolidation: parameters that mattered to people so far are held near the last release.
+
+    At the start of each later slice one round asks everybody in the slice before for the squares of their gradients
+    (`fedrec.protocol.task.FisherTask`); a private run pays for it by `privacy.fisher`. The pull itself is the server's.
+    """
+
+    strength: float = Field(default=0.01, gt=0)
+    """Weight of the pull on a parameter of average importance, against the clients' loss."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """L2 bound of one person's squares."""
+    decay: float = Field(default=0.5, ge=0, le=1)
+    """What part of the importance of older slices is kept when a slice's is added."""
+
+
+class CurriculumConfig(_Settings):
+    """Frequent items first: at the start of a stage rarer ones are no targets yet."""
+
+    rounds: float = Field(default=0.5, gt=0, le=1)
+    """After what share of a stage's rounds all items count."""
+    start: float = Field(default=0.5, gt=0, le=1)
+    """What share of all interactions counted so far the most frequent items make up that count from the first round."""
+
+
 class TrainingConfig(_Settings):
     """How the shared model learns."""
 
@@ -204,6 +231,10 @@ class TrainingConfig(_Settings):
     """In later slices, weight of an L2 pull towards the release that the slice began with, beside the clients' part."""
     item_mean: float = Field(default=0.0, ge=0, lt=1)
     """In later slices, the largest weight that an item's row of that release keeps after each round."""
+    ewc: EwcConfig | None = None
+    """In later slices, hold what mattered so far near that release."""
+    curriculum: CurriculumConfig | None = None
+    """Begin each stage with the frequent items."""
     statistics: StatisticsConfig | None = None
     """Gather co-occurrence statistics before training; the spectral model needs them."""
     distil: DistilConfig | None = None

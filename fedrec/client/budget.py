@@ -12,7 +12,7 @@ from fedrec.privacy.local import adjacency, unit_name
 from fedrec.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedrec.privacy.settings import AnyPrivacy, LocalPrivacy
 from fedrec.protocol.plan import RoundPlan
-from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
+from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FisherTask, FitTask
 from fedrec.random import Key
 
 
@@ -48,6 +48,11 @@ class LocalBudget:
             raise PrivacyError(
                 'These clients trust nobody (privacy.mode = "local") and give no co-occurrence statistic; '
                 "leave training.statistics out."
+            )
+        if isinstance(task, FisherTask):
+            raise PrivacyError(
+                'These clients trust nobody (privacy.mode = "local") and do not say what matters to them; leave '
+                "training.ewc out."
             )
         if task.private is None or task.private.noise != own.noise:
             raise PrivacyError(

@@ -17,7 +17,7 @@ from fedrec.errors import ProtocolError
 from fedrec.privacy.clip import clip_factors
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
-from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
+from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FisherTask, FitTask, LocalTraining
 
 Engine = Literal["batched", "each"]
 KEPT_WINDOWS = 3
@@ -121,7 +121,7 @@ class LogPool:
             chosen = chosen.take(plan.task.turn.taken(chosen.ids))
         if not len(chosen):
             return Tally({}, 0, {})
-        if isinstance(plan.task, FitTask):
+        if isinstance(plan.task, FitTask | FisherTask):
             return self._fit(plan, plan.task, chosen)
         if isinstance(plan.task, CountTask):
             if self.budget is not None and plan.task.private is not None:
@@ -169,25 +169,30 @@ class LogPool:
             del self._windows[next(iter(self._windows))]
         return cohort
 
-    def _fit(self, plan: RoundPlan, task: FitTask, cohort: Cohort) -> Tally:
+    def _fit(self, plan: RoundPlan, task: FitTask | FisherTask, cohort: Cohort) -> Tally:
         import torch
 
+        from fedrec.client.lesson import lesson_of
         from fedrec.client.trainer import cache_block, train_each
         from fedrec.client.vectorised import train_batched
         from fedrec.models.build import restore
         from fedrec.models.recommender import learnt
 
         train = train_batched if self.engine == "batched" else train_each
-        if self.budget is not None and task.private is not None:
+        if self.budget is not None and isinstance(task, FitTask) and task.private is not None:
             from fedrec.client.local import fit_locally
 
             return fit_locally(plan, task, task.private, cohort, self.budget, train)
         model = restore(plan.model, plan.n_items, plan.params)
+        lesson = lesson_of(plan)
+        square = isinstance(task, FisherTask)
+        local = LocalTraining(clip_norm=task.clip_norm) if isinstance(task, FisherTask) else task.local
         totals = {name: torch.zeros_like(value) for name, value in learnt(model).items()}
         n_clients, loss, n_clipped = 0, 0.0, 0
-        for part in _by_length(cohort, self.block or cache_block(model, task.local.steps)):
-            trained = train(model, part, task.local, plan.key)
-            factors = clip_factors(trained.norms(), task.local.clip_norm)
+        for part in _by_length(cohort, self.block or cache_block(model, local.steps)):
+            trained = train(model, part, local, plan.key, lesson)
+            trained = trained.squared() if square else trained
+            factors = clip_factors(trained.norms(), local.clip_norm)
             trained.add_to(totals, factors)
             kept = factors > 0
             n_clients += int(kept.sum())

@@ -89,6 +89,17 @@ class Trained:
         result: NDArray[np.float64] = torch.linalg.vector_norm(torch.stack(norms), dim=0).numpy()
         return result
 
+    def squared(self) -> Trained:
+        """Return the squares of all differences; a row that a client touched stands once in `rows`: they are whole.
+
+        Raises:
+            ValueError: differences of rows are not written out, see `fedrec.client.lesson.Lesson.apart`.
+        """
+        if self.products:
+            raise ValueError("the squares of products are not products: train apart")
+        dense = {name: part.square() for name, part in self.dense.items()}
+        return Trained(dense, self.rows, {name: part.square() for name, part in self.sparse.items()}, self.loss)
+
     def add_to(self, totals: Tensors, factors: NDArray[np.float32]) -> None:
         """Add ``factors @ differences`` to the whole-table `totals`; a client with factor 0 is left out, NaN or not."""
         weight = torch.from_numpy(factors)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedrec.client.memory import rehearsing
+from fedrec.client.lesson import ALONE, Lesson, taught_by
+from fedrec.client.memory import rehearsing, replay_shares
 from fedrec.client.trained import Tensors, Trained
 from fedrec.data.batches import Batch, Cohort, draw_steps
 from fedrec.models.recommender import Recommender, learnt, to_torch
@@ -30,14 +31,20 @@ def cache_block(model: Recommender, steps: int) -> int:
     return int(min(max(fits, min(POSITIONS // spec.length, most), 8), 512))
 
 
-def step_batches(cohort: Cohort, model: Recommender, local: LocalTraining, key: Key) -> list[Batch]:
+def step_batches(
+    cohort: Cohort, model: Recommender, local: LocalTraining, key: Key, lesson: Lesson = ALONE
+) -> list[Batch]:
     """Return the batches of every local step; both twins train on exactly these."""
     keys = [key.child("step", step) for step in range(local.steps)]
-    cohorts = [rehearsing(cohort, local, own) for own in keys]
-    return draw_steps(cohorts, model.spec, model.n_items, keys, local.history_negatives)
+    shares = replay_shares(cohort, model, local)
+    cohorts = [rehearsing(cohort, local, own, shares) for own in keys]
+    found = draw_steps(cohorts, model.spec, model.n_items, keys, local.history_negatives)
+    if lesson.frequent is None:
+        return found
+    return [b._replace(target_mask=b.target_mask & lesson.frequent[b.targets]) for b in found]
 
 
-def train_each(model: Recommender, cohort: Cohort, local: LocalTraining, key: Key) -> Trained:
+def train_each(model: Recommender, cohort: Cohort, local: LocalTraining, key: Key, lesson: Lesson = ALONE) -> Trained:
     """Train each client on its own, one after the other: the slow twin, readable as what a device does.
 
     Args:
@@ -45,16 +52,19 @@ def train_each(model: Recommender, cohort: Cohort, local: LocalTraining, key: Ke
         cohort: the c clients and their windows.
         local: steps and learning rate.
         key: of this round.
+        lesson: what the plan gives along.
     """
     shared = {name: value.detach().clone() for name, value in learnt(model).items()}
     deltas: list[Tensors] = []
     losses: list[Tensor] = []
     for place in range(len(cohort)):
-        batches = [to_torch(b) for b in step_batches(cohort.take(slice(place, place + 1)), model, local, key)]
+        alone = cohort.take(slice(place, place + 1))
+        batches = [to_torch(b) for b in step_batches(alone, model, local, key, lesson)]
         own = {name: value.clone().requires_grad_() for name, value in shared.items()}
         kept = {name: value.requires_grad_() for name, value in model.local_start(batches[0]).items()}
         for step, batch in enumerate(batches):
-            loss = torch.func.functional_call(model, own, (batch, kept)).sum()
+            taught = taught_by(lesson, batch, local)
+            loss = torch.func.functional_call(model, own, (batch, kept, taught)).sum()
             tensors = [*own.values(), *kept.values()]
             gradients = torch.autograd.grad(loss, tensors, materialize_grads=True)
             with torch.no_grad():

@@ -9,17 +9,20 @@ from torch import Tensor
 from torch.func import functional_call
 
 from fedrec.client.closed import ByClosedForm
+from fedrec.client.lesson import ALONE, Lesson, taught_by
 from fedrec.client.rows import renumber
 from fedrec.client.trained import Tensors, Trained, in_cache
 from fedrec.client.trainer import step_batches
 from fedrec.data.batches import Batch, Cohort
-from fedrec.models.recommender import Recommender, learnt, to_torch
+from fedrec.models.recommender import Recommender, Taught, learnt, to_torch
 from fedrec.models.squares import LeastSquares
 from fedrec.protocol.task import LocalTraining
 from fedrec.random import Key
 
 
-def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key: Key) -> Trained:
+def train_batched(
+    model: Recommender, cohort: Cohort, local: LocalTraining, key: Key, lesson: Lesson = ALONE
+) -> Trained:
     """Train all clients of the cohort at once; equal to `train_each` up to the order of adding floats.
 
     Args:
@@ -27,13 +30,16 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
         cohort: the c clients and their windows.
         local: steps and learning rate.
         key: of this round.
+        lesson: what the plan gives along.
     """
-    batches = step_batches(cohort, model, local, key)
+    batches = step_batches(cohort, model, local, key, lesson)
+    taught = [taught_by(lesson, to_torch(batch), local) for batch in batches]  # the teacher is one and the same for all
     kept = model.local_start(to_torch(batches[0]))
+    closed = isinstance(model, LeastSquares) and lesson.teacher is None and not lesson.apart
     clients: ByClosedForm | ByAutograd = (
         ByClosedForm(model, kept, batches, local)
-        if isinstance(model, LeastSquares)
-        else ByAutograd(model, kept, batches, local)
+        if closed and isinstance(model, LeastSquares)
+        else ByAutograd(model, kept, batches, local, taught)
     )
     first = clients.step()
     for _ in range(1, local.steps):
@@ -44,7 +50,9 @@ def train_batched(model: Recommender, cohort: Cohort, local: LocalTraining, key:
 class ByAutograd:
     """Clients that hold parameters of their own, of an item table the rows that they touch, and step by autograd."""
 
-    def __init__(self, model: Recommender, kept: Tensors, batches: list[Batch], local: LocalTraining) -> None:
+    def __init__(
+        self, model: Recommender, kept: Tensors, batches: list[Batch], local: LocalTraining, taught: list[Taught | None]
+    ) -> None:
         """Start from the shared parameters.
 
         Args:
@@ -52,8 +60,9 @@ class ByAutograd:
             kept: what lives on the clients only, [c, ...] each.
             batches: one for each step.
             local: steps and learning rate.
+            taught: what a teacher says of each batch.
         """
-        self._model, self._kept, self._local, self._done = model, kept, local, 0
+        self._model, self._kept, self._local, self._done, self._taught = model, kept, local, 0, taught
         n = len(batches[0].seeds)
         rows = np.zeros((n, 0), np.int64)
         if model.gathers:
@@ -80,7 +89,9 @@ class ByAutograd:
         """Take the next step and return the [c] losses before it."""
         held = {name: value.detach().requires_grad_() for name, value in self._own.items()}
         mine = {name: value.detach().requires_grad_() for name, value in self._kept.items()}
-        losses: Tensor = functional_call(self._model, {**held, **self._frozen}, (self._batches[self._done], mine))
+        losses: Tensor = functional_call(
+            self._model, {**held, **self._frozen}, (self._batches[self._done], mine, self._taught[self._done])
+        )
         # Scaling the few losses makes every gradient the move itself: no pass over memory is spent on the rate.
         scale = torch.full_like(losses, -self._local.learning_rate)
         moves = torch.autograd.grad(losses, [*held.values(), *mine.values()], scale, materialize_grads=True)

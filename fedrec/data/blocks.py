@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedrec.data.cleaning import Dataset, RawRows, clean
+from fedrec.data.cleaning import Dataset, RawRows, clean, k_core
 from fedrec.data.slices import TimeSlice, TimeWindow
 from fedrec.errors import DataError
 
@@ -23,6 +23,7 @@ SPAN = 1 << 30
 """Time units of a block; validation starts in its middle."""
 TRAIN, VALIDATION, TEST = 0, 1, 2
 Ints = NDArray[np.int64]
+Refit = Literal["no", "warm", "fresh"]
 
 
 def lay_out(
@@ -75,6 +76,8 @@ def in_blocks(
     later: int = 3,
     share: float = 0.1,
     hold: Literal["test", "validation"] = "test",
+    min_user: int = 0,
+    min_item: int = 0,
 ) -> Dataset:
     """Cut a data set by global time into a base and equal later blocks, and hold back the end of each person's part.
 
@@ -87,41 +90,47 @@ def in_blocks(
         later: how many blocks follow.
         share: share of a person's interactions in a block that each of test and validation takes.
         hold: see `lay_out`.
+        min_user: leave out people with fewer interactions, as often as needed (k-core).
+        min_item: the same for items.
 
     Raises:
         DataError: the data set knows no global time, or a block would be empty.
     """
     if dataset.provenance.get("time_unit", "seconds") != "seconds":
         raise DataError(f"'{dataset.name}' knows no global time, so it cannot be cut into blocks.")
-    log = dataset.log
+    log, catalog = dataset.log, dataset.catalog
     user = np.repeat(np.arange(log.n_users), np.diff(log.offsets))
-    place = np.empty(len(log), np.int64)
-    place[np.argsort(log.time, kind="stable")] = np.arange(len(log))
-    bounds = [(base + (1.0 - base) * i / later) * len(log) for i in range(later)]
+    item, time = np.asarray(log.item, np.int64), np.asarray(log.time)
+    kept = k_core(RawRows(user, item, np.zeros(len(log))), min_user, min_item)
+    user, item, time = user[kept], item[kept], time[kept]
+    place = np.empty(len(item), np.int64)
+    place[np.argsort(time, kind="stable")] = np.arange(len(item))
+    bounds = [(base + (1.0 - base) * i / later) * len(item) for i in range(later)]
     block = np.searchsorted(np.round(bounds), place, side="right").astype(np.int64)
     _, group, size = np.unique(user * (later + 1) + block, return_inverse=True, return_counts=True)
     starts = np.concatenate(([0], np.cumsum(size)))  # rows stand by user and time, so each group is one stretch
-    back = size[group] - (np.arange(len(log)) - starts[group])  # 1 for the last of the group
+    back = size[group] - (np.arange(len(item)) - starts[group])  # 1 for the last of the group
     held = np.where(size >= 3, np.maximum(1, np.round(share * size)), 0)[group]
     part = np.where(back <= held, TEST, np.where(back <= 2 * held, VALIDATION, TRAIN)).astype(np.int64)
-    ids, items = np.asarray(list(log.user_ids), object), np.asarray(dataset.catalog.ids, object)
-    catalog = dataset.catalog
+    ids, items = np.asarray(list(log.user_ids), object), np.asarray(catalog.ids, object)
     order = np.argsort(place)
-    rows = RawRows(ids[user][order], items[log.item][order], np.zeros(len(log)))
+    rows = RawRows(ids[user][order], items[item][order], np.zeros(len(item)))
+    there = np.bincount(item, minlength=len(catalog)) > 0 if min_item > 1 or min_user > 1 else np.ones(len(catalog))
+    numbers = [int(number) for number in np.flatnonzero(there)]
     return lay_out(
         rows, block[order], part[order], name=f"{dataset.name}, in {later + 1} blocks", hold=hold,
-        titles=dict(zip(catalog.ids, catalog.titles, strict=True)),
-        attributes=dict(zip(catalog.ids, catalog.attributes, strict=True)),
+        titles={catalog.ids[i]: catalog.titles[i] for i in numbers},
+        attributes={catalog.ids[i]: catalog.attributes[i] for i in numbers},
     )  # fmt: skip
 
 
-def block_slices(dataset: Dataset, n_blocks: int, refit: bool = False) -> tuple[TimeSlice, ...]:
+def block_slices(dataset: Dataset, n_blocks: int, refit: Refit = "no") -> tuple[TimeSlice, ...]:
     """Return the slices of a data set in blocks.
 
     Args:
         dataset: what `lay_out` returned.
         n_blocks: how many blocks it has.
-        refit: train each slice on all blocks so far.
+        refit: whether the rounds of a slice train on all blocks so far, see `fedrec.config.BlockSplit`.
 
     Raises:
         DataError: the data set is not in so many blocks.
@@ -141,8 +150,9 @@ def block_slices(dataset: Dataset, n_blocks: int, refit: bool = False) -> tuple[
             n_items=dataset.catalog.n_items_at((i + 1) * SPAN),
             n_items_test=len(dataset.catalog),
             known=TimeWindow(start=0, end=(i + 1) * SPAN),
-            fit=TimeWindow(start=0, end=i * SPAN + SPAN // 2) if refit else None,
+            fit=TimeWindow(start=0, end=i * SPAN + SPAN // 2) if refit != "no" else None,
             life=life,
+            validation=TimeWindow(start=i * SPAN + SPAN // 2, end=(i + 1) * SPAN),
         )
         for i in range(n_blocks)
     )

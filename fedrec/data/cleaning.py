@@ -149,7 +149,7 @@ def clean(
     if repeats == "first":
         user_code, item_code = user_code[first], item_code[first]
         drop("repeat", ~_first_of((user_code, item_code), then=left.time))
-    drop("below_k_core", ~_k_core(left, min_user_interactions, min_item_interactions))
+    drop("below_k_core", ~k_core(left, min_user_interactions, min_item_interactions))
     report = CleaningReport(len(rows), len(left), dropped)
     if not len(left):
         raise DataError(f"No interaction is left after cleaning: {report.summary()} Check the columns and the limits.")
@@ -182,7 +182,7 @@ def _first_of(keys: tuple[NDArray[Any], ...], then: NDArray[Any] | None = None) 
     return first
 
 
-def _k_core(rows: RawRows, min_user: int, min_item: int) -> NDArray[np.bool_]:
+def k_core(rows: RawRows, min_user: int, min_item: int) -> NDArray[np.bool_]:
     """Mark the rows of the largest set in which every user and every item has enough rows."""
     kept = np.ones(len(rows), bool)
     if min_user <= 1 and min_item <= 1:

@@ -195,13 +195,15 @@ def blocks(
         float, typer.Option(min=0.01, max=0.4, help="Share of a person's part of a block held back.")
     ] = 0.1,
     hold: Annotated[Held, typer.Option(help="What is held back; choose settings on 'validation'.")] = Held.test,
+    min_user: Annotated[int, typer.Option(min=0, help="Least number of interactions of a user.")] = 0,
+    min_item: Annotated[int, typer.Option(min=0, help="Least number of interactions of an item.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Cut a data set into blocks that hold back a test for life, to measure what a recommender retains."""
     from fedrec.data.blocks import in_blocks
     from fedrec.data.sources import load_dataset
 
-    dataset = in_blocks(load_dataset(source, say=_note), base, later, share, hold.value)
+    dataset = in_blocks(load_dataset(source, say=_note), base, later, share, hold.value, min_user, min_item)
     dataset.save(out)
     _print_result(_identity(dataset, out), as_json)
 

@@ -12,7 +12,7 @@ from fedrec.evaluation.metrics import GROUPS, metric_names, private_names, priva
 from fedrec.models.freeze import trains
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.plan import RoundPlan
-from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
+from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FisherTask, FitTask
 from fedrec.protocol.triangle import packed_size
 
 _F32 = np.dtype(np.float32)
@@ -25,7 +25,7 @@ def shapes_of(plan: RoundPlan) -> Shapes:
         ProtocolError: the plan asks for a statistic of features and carries none.
     """
     task, n_items = plan.task, plan.n_items
-    if isinstance(task, FitTask):
+    if isinstance(task, FitTask | FisherTask):
         return {n: (value.shape, value.dtype) for n, value in plan.params.items() if trains(plan.model, n)}
     if isinstance(task, CountTask):
         return {"counts": ((n_items,), _F32)}
@@ -66,6 +66,8 @@ def bound_of(plan: RoundPlan) -> float | None:
         return private_norm(task.ks) if task.private else None
     if isinstance(task, CooccurrenceTask):
         return 1.0 if task.sketch == "features" else None
+    if isinstance(task, FisherTask):
+        return task.clip_norm
     if task.private is not None:
         return None
     return task.local.clip_norm if isinstance(task, FitTask) else task.clip_norm or math.sqrt(plan.n_items)

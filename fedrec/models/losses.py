@@ -43,6 +43,28 @@ def sampled_softmax(
     return masked_mean(torch.logsumexp(everything, -1) - wanted, mask)
 
 
+def imitation(
+    own: Float[Tensor, "b t n"],
+    teacher: Float[Tensor, "b t n"],
+    excluded: Bool[Tensor, "b t n"],
+    mask: Bool[Tensor, "b t"],
+) -> Float[Tensor, " b"]:
+    """Return how far the choice among candidates is from the teacher's: ``mean_t KL(softmax teacher, softmax own)``.
+
+    Args:
+        own: logits of the candidates.
+        teacher: those of the teacher.
+        excluded: candidates that do not count at this position.
+        mask: which positions count.
+
+    Source: Hinton et al., 2015, at temperature 1; on sampled candidates.
+    """
+    least = torch.finfo(own.dtype).min
+    logs = torch.log_softmax(own.masked_fill(excluded, least), -1)
+    wanted = torch.log_softmax(teacher.masked_fill(excluded, least), -1)
+    return masked_mean((wanted.exp() * (wanted - logs).masked_fill(excluded, 0.0)).sum(-1), mask)
+
+
 def lookahead(logits: Float[Tensor, "b t h"], valid: Bool[Tensor, "b t h"], decay: float) -> Float[Tensor, "b t"]:
     """Return the weighted mean of the next h targets' logits, weight ``decay^j`` for the j-th, where they are valid."""
     weight = valid * decay ** torch.arange(logits.shape[-1], dtype=logits.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,18 @@ from fedrec.random import Key
 
 SCORED = 64
 """Histories scored in one computation; more would only take more memory."""
+
+
+class Taught(NamedTuple):
+    """What a teacher says of one batch.
+
+    Attributes:
+        scores: its `Recommender.candidate_scores` of the batch.
+        weight: of being like it, against the batch's own loss.
+    """
+
+    scores: Tensor
+    weight: float
 
 
 class Recommender(nn.Module, ABC):
@@ -91,9 +103,31 @@ class Recommender(nn.Module, ABC):
                 pairs reads no rows of the inputs.
         """
 
-    def forward(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
-        """Return `loss`, so that ``torch.func.functional_call`` can train the model."""
-        return self.loss(batch, local)
+    def forward(
+        self, batch: Batch, local: Mapping[str, Tensor] | None = None, taught: Taught | None = None
+    ) -> Float[Tensor, " b"]:
+        """Return `loss`, or `taught_loss`, so that ``torch.func.functional_call`` can train the model."""
+        return self.loss(batch, local) if taught is None else self.taught_loss(batch, local, taught)
+
+    def candidate_scores(self, batch: Batch) -> Tensor:
+        """Return the scores of a batch's targets and negatives, without dropout: what a teacher says of them.
+
+        Raises:
+            FedrecError: this model cannot teach.
+        """
+        raise FedrecError(
+            f'A model of kind "{self.config.kind}" cannot be distilled; leave training.local.distil at 0.'
+        )
+
+    def taught_loss(self, batch: Batch, local: Mapping[str, Tensor] | None, taught: Taught) -> Float[Tensor, " b"]:
+        """Return `loss` plus how unlike the teacher's `candidate_scores` the own ones are.
+
+        Raises:
+            FedrecError: this model cannot be taught.
+        """
+        raise FedrecError(
+            f'A model of kind "{self.config.kind}" cannot be distilled; leave training.local.distil at 0.'
+        )
 
     def local_start(self, batch: Batch) -> dict[str, Tensor]:
         """Return the local tensors [b, ...] that local training starts from; needs the whole item table."""

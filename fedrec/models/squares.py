@@ -19,7 +19,8 @@ from torch import Tensor
 
 from fedrec.data.batches import Batch
 from fedrec.models.layers import rows
-from fedrec.models.recommender import Recommender
+from fedrec.models.losses import masked_mean
+from fedrec.models.recommender import Recommender, Taught
 
 
 class Squares(NamedTuple):
@@ -46,6 +47,20 @@ class LeastSquares(Recommender):
     @abstractmethod
     def squares(self, batch: Batch) -> Squares:
         """Return the squares that the loss adds up; a row may come more than once."""
+
+    def candidate_scores(self, batch: Batch) -> Float[Tensor, "b k"]:
+        """Return the scores of a batch's rows by the vector that this model starts from."""
+        vector, table = self.local_start(batch)[self.vector_name], getattr(self, self.table_name)
+        scores: Tensor = torch.bmm(rows(table, self.squares(batch).rows), vector[..., None])[..., 0]
+        return scores
+
+    def taught_loss(self, batch: Batch, local: Mapping[str, Tensor] | None, taught: Taught) -> Float[Tensor, " b"]:
+        """Return the loss plus the mean square of what separates the scores of rows that count from the teacher's."""
+        vector = (self.local_start(batch) if local is None else local)[self.vector_name]
+        found = self.squares(batch)
+        scores = torch.bmm(rows(getattr(self, self.table_name), found.rows), vector[..., None])[..., 0]
+        unlike = masked_mean((scores - taught.scores) ** 2, found.weights > 0)
+        return self.loss(batch, local) + taught.weight * unlike
 
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the sum of squares, in a form that autograd can follow: what closed steps are checked against."""

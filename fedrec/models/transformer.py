@@ -14,8 +14,8 @@ from fedrec.data.batches import START, Batch, BatchSpec
 from fedrec.errors import ConfigError
 from fedrec.models.configs import SampledSoftmax, TextTransformerConfig, TransformerConfig
 from fedrec.models.layers import LayerNorm, by_distance, make_linear, normal, normal_rows, rows, seeded_dropout
-from fedrec.models.losses import lookahead, sampled_softmax
-from fedrec.models.recommender import Recommender, copy_grown
+from fedrec.models.losses import imitation, lookahead, sampled_softmax
+from fedrec.models.recommender import Recommender, Taught, copy_grown
 from fedrec.random import Key
 
 INITIAL = 0.02
@@ -142,25 +142,56 @@ class Transformer(Recommender):
 
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the mean softmax loss over each person's targets, with dropout seeded by the batch."""
+        return self._loss(*self._logits(batch, batch.seeds), batch)
+
+    def taught_loss(self, batch: Batch, local: Mapping[str, Tensor] | None, taught: Taught) -> Float[Tensor, " b"]:
+        """Return the loss plus the divergence from the teacher's choice among the same candidates at each position."""
+        logits, there, negative = self._logits(batch, batch.seeds)
+        own = torch.cat([logits[..., :1], negative], -1)
+        had = self._excluded(batch, negative.shape[1])
+        excluded = F.pad(had, (1, 0), value=False)
+        unlike = imitation(own, taught.scores, excluded, batch.target_mask)
+        return self._loss(logits, there, negative, batch) + taught.weight * unlike
+
+    def candidate_scores(self, batch: Batch) -> Float[Tensor, "b t n"]:
+        """Return the logits of each position's target and negatives."""
+        logits, _, negative = self._logits(batch, None)
+        return torch.cat([logits[..., :1], negative], -1)
+
+    def _logits(
+        self, batch: Batch, seeds: Int[Tensor, " b"] | None
+    ) -> tuple[Float[Tensor, "b t h"], Bool[Tensor, "b t h"], Float[Tensor, "b t n"]]:
+        """Return the logits of the next targets at each position, which of them are there, and those of negatives."""
         n, c = batch.inputs.shape[1], self.settings
         # One look-up of all rows, so that one gradient of the table comes back.
         numbers = [batch.inputs.clamp(min=0), batch.targets, *([batch.negatives] if self.gathers else [])]
         sizes = [part.shape[1] for part in numbers]
         inputs, targets, *rest = self.vectors(torch.cat(numbers, 1)).split_with_sizes(sizes, 1)
-        states = self.hidden(batch.inputs, batch.seeds, inputs)  # [b t d]
+        states = self.hidden(batch.inputs, seeds, inputs)  # [b t d]
         # The target after next, and so on: shifted products, zero past the end.
         shifts = range(min(c.horizon, n))
         logits = torch.stack([F.pad((states[:, : n - j] * targets[:, j:]).sum(-1), (0, j)) for j in shifts], -1)
         there = torch.stack([F.pad(batch.input_mask[:, j:], (0, j)) for j in shifts], -1)  # [b t h]
-        if self.gathers:
-            negative = states @ rest[0].transpose(-1, -2)
-            stands_for = max(self.n_items - 1, 1) / batch.negatives.shape[-1]
-        else:
-            negative, stands_for = states @ self.table().transpose(-1, -2), 1.0
-        had = batch.negative_since[:, None] <= torch.arange(n)[:, None]  # [b t n]
-        is_target = batch.targets[..., None] == batch.negatives[:, None]
-        wanted = lookahead(logits, there, c.horizon_decay)
-        return sampled_softmax(logits[..., 0], wanted, negative, had | is_target, batch.target_mask, stands_for)
+        rivals = rest[0] if self.gathers else self.table()
+        return logits, there, states @ rivals.transpose(-1, -2)
+
+    def _excluded(self, batch: Batch, n: int) -> Bool[Tensor, "b t n"]:
+        """Return which negatives are none at each of n positions."""
+        had = batch.negative_since[:, None] <= torch.arange(n)[:, None]
+        excluded: Tensor = had | (batch.targets[..., None] == batch.negatives[:, None])
+        return excluded
+
+    def _loss(
+        self,
+        logits: Float[Tensor, "b t h"],
+        there: Bool[Tensor, "b t h"],
+        negative: Float[Tensor, "b t n"],
+        batch: Batch,
+    ) -> Float[Tensor, " b"]:
+        stands_for = max(self.n_items - 1, 1) / batch.negatives.shape[-1] if self.gathers else 1.0
+        wanted = lookahead(logits, there, self.settings.horizon_decay)
+        excluded = self._excluded(batch, negative.shape[1])
+        return sampled_softmax(logits[..., 0], wanted, negative, excluded, batch.target_mask, stands_for)
 
     def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a copy with freshly drawn vectors for the new items."""

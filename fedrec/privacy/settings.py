@@ -121,6 +121,8 @@ class UserLevelPrivacy(_Settings):
     later_noise: float = Field(default=1.0, gt=0)
     """Factor on all multipliers in slices after the first: above 1 more of the budget goes to the base, on which every
     later release builds; 1 treats all slices alike."""
+    fisher: float = Field(default=2.0, gt=0)
+    """Noise multiplier of the squared gradients of a slice, if `training.ewc` asks for them."""
     metrics: Literal["private", "research"] = "private"
     """"private" adds noise to metrics and charges them; "research" reports exact ones, for a simulation on data that is
     public anyway: the guarantee then covers the releases, not the report."""

@@ -35,6 +35,12 @@ class LocalTraining(_Settings):
     """Probability with which a client's step rehearses its own interactions from before the window."""
     replay_budget: int = Field(default=100, ge=1)
     """How many of the newest of those are kept for it."""
+    replay_by_shift: bool = False
+    """Rehearse the less, the more the person's taste has moved: `replay` is multiplied by the cosine of the vectors
+    that the received model makes of what lies before the window and of all up to its end (F3CRec's idea)."""
+    distil: float = Field(default=0.0, ge=0)
+    """Weight of a second loss: be like the release that the slice began with on the same candidates. The plan then
+    carries that release as well, which doubles the download; nothing more is sent back."""
 
 
 class Turn(_Settings):
@@ -69,6 +75,23 @@ class FitTask(_Settings):
     """Only those of the planned clients take part whose turn it is; None: all of them."""
     private: LocalNoise | None = None
     """Noise that the client itself adds before anything leaves it; None: it sends its exact update."""
+
+
+class FisherTask(_Settings):
+    r"""Contribute how much each parameter matters to the client: the squares of its gradient, entry by entry.
+
+    .. math:: F_u = \min\left(1, \frac{C}{|g_u^2|}\right) g_u^2, \qquad g_u = \nabla_w \ell_u(w)
+
+    one batch of the client's interactions in the window, as in a step of training. The mean over clients estimates the
+    diagonal of the Fisher information.
+
+    Source: Kirkpatrick et al., PNAS 2017; the squares of a client's mean gradient stand for the mean of squares.
+    """
+
+    kind: Literal["fisher"] = "fisher"
+    window: Window
+    clip_norm: float = Field(default=1.0, gt=0)
+    """L2 bound C of one client's squares."""
 
 
 class CountTask(_Settings):
@@ -150,5 +173,5 @@ class EvaluateTask(_Settings):
     """Train locally first and never upload: the local-only row."""
 
 
-Task = Annotated[FitTask | CountTask | CooccurrenceTask | EvaluateTask, Field(discriminator="kind")]
-AnyTask = FitTask | CountTask | CooccurrenceTask | EvaluateTask
+Task = Annotated[FitTask | FisherTask | CountTask | CooccurrenceTask | EvaluateTask, Field(discriminator="kind")]
+AnyTask = FitTask | FisherTask | CountTask | CooccurrenceTask | EvaluateTask

@@ -38,7 +38,7 @@ def adopted(state: ServerState, model: BlendConfig, time_slice: TimeSlice, link:
     window = time_slice.validation
     if window is None:
         raise ValueError("a blend needs slices that keep a window for validation")
-    asked = replace(time_slice, test=window, n_items_test=time_slice.n_items)
+    asked = replace(time_slice, test=window, n_items_test=time_slice.n_items, known=None, life=())
     contenders = {
         f"weight {weight:g}": Contender(model, blended(state.prior, state.released, weight))
         for weight in (0.0, *model.weights)

@@ -13,26 +13,38 @@ import numpy as np
 from fedrec.params import Array, Params
 
 
-def pulled(delta: Params, params: Params, anchor: Params, strength: float) -> dict[str, Array]:
-    r"""Return the mean update with the gradient of an L2 pull towards the anchor: ``delta - strength (w - w_0)``.
+def pulled(
+    delta: Params, params: Params, anchor: Params, strength: float, importance: Params | None = None
+) -> dict[str, Array]:
+    r"""Return the mean update with the gradient of a quadratic pull towards the anchor.
 
-    Items that joined after the anchor are free.
+    .. math:: \Delta_k - \min(1, s f_k) (w_k - w^0_k), \qquad f_k = F_k / \bar F
+
+    with f = 1 without an importance. Items that joined after the anchor are free.
 
     Args:
         delta: mean of new minus old over clients.
         params: the parameters w.
         anchor: those of the release before, with fewer item rows at most; empty: nothing is pulled.
-        strength: weight of the pull against the clients' loss.
+        strength: weight s of the pull against the clients' loss.
+        importance: F, of the anchor's shapes, not negative; None or empty: everything is alike.
 
-    Source: the L2 variant in Kirkpatrick et al., PNAS 2017, section 2.1.
+    Source: Kirkpatrick et al., PNAS 2017, equation 3 (EWC), and its L2 variant; the importance is scaled to mean 1, so
+    that a strength means the same in every model, and no step goes further than back to the anchor.
     """
     found = dict(delta)
     if strength:
+        weights: dict[str, Array | float] = dict.fromkeys(anchor, strength)
+        if importance:
+            total = sum(float(value.sum(dtype=np.float64)) for value in importance.values())
+            mean = total / sum(value.size for value in importance.values())
+            scale = strength / mean if mean > 0 else 0.0
+            weights = {name: np.minimum(1.0, scale * value) for name, value in importance.items()}
         for name, old in anchor.items():
             if name not in delta:  # frozen
                 continue
             step = np.array(delta[name])
-            step[_rows(old)] -= strength * (params[name][_rows(old)] - old)
+            step[_rows(old)] -= weights[name] * (params[name][_rows(old)] - old)
             found[name] = step.astype(delta[name].dtype)
     return found
 

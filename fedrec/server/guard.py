@@ -104,6 +104,9 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
         scale = slice_scale(settings, whole, index)
         judged = JUDGED + (index > 0 and experiment.evaluation.promotion_margin is not None)  # its parent as well
         stage = training.base if index == 0 else training.later
+        if index and training.ewc is not None:
+            matters = GaussianEvent(noise_multiplier=settings.fisher * scale)
+            events.append((f"slice {index - 1}: what matters (Fisher)", matters))
         events.append((f"slice {index}: popularity counts", GaussianEvent(noise_multiplier=settings.count * scale)))
         if training.statistics is not None:
             noise = settings.statistics * scale

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.config import EvaluationConfig, Experiment, StatisticsConfig
+from fedrec.config import BlockSplit, EvaluationConfig, Experiment, StatisticsConfig
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.features import item_features
 from fedrec.data.slices import TimeSlice
@@ -28,6 +28,7 @@ from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
 from fedrec.server.adopt import adopted, release_of
 from fedrec.server.drift import watched
+from fedrec.server.fisher import weighed
 from fedrec.server.gather import Ask, Gathered, Roster, gather
 from fedrec.server.guard import Guard, statement
 from fedrec.server.judge import (
@@ -125,6 +126,8 @@ def run_stream(
     for time_slice in slices[state.slice :]:
         recipe = replace(recipe, guard=None if whole is None else whole.at(time_slice.index))
         desk.due(time_slice)
+        if time_slice.index and state.counted == time_slice.index:
+            state = weighed(state, link, slices[time_slice.index - 1], recipe)
         state = _learn(state, link, time_slice, recipe, desk)
         if recipe.experiment.training.distil is not None:
             state = taught(state, time_slice, recipe, desk.registry, desk.checkpoint)
@@ -182,7 +185,7 @@ def _begin(
     model, began = trained(recipe.experiment.model), recipe.clock()
     params = (
         grown(model, state.released, time_slice.n_items, recipe)
-        if state.params
+        if state.params and not anew(recipe.experiment)
         else initial(model, time_slice.n_items, recipe)
     )
     memories = _memories(state, time_slice, recipe)
@@ -205,8 +208,9 @@ def _begin(
     return state.advanced(
         params=params,
         average={},
+        teacher=params if state.released and recipe.experiment.training.local.distil else {},
         anchor=state.released if _holds_on(recipe.experiment) else {},
-        memory=optimizer.grow_memory(state.memory, params),
+        memory={} if anew(recipe.experiment) else optimizer.grow_memory(state.memory, params),
         counts={"counts": total},
         counted=time_slice.index + 1,
         round=0,
@@ -288,7 +292,8 @@ def _statistic(
     wanted = prior_config(recipe.experiment)
     if wanted is not None:
         prior = spectral_params(total, counts, wanted, features, n_items)
-    if isinstance(model, BlendConfig) and not state.params and model.start == "prior":
+    first = not state.params or anew(recipe.experiment)
+    if isinstance(model, BlendConfig) and first and model.start == "prior":
         params = started(prior, params, model)
     return total, prior, params, got
 
@@ -433,7 +438,15 @@ def _drift(state: ServerState, rows: Mapping[str, Any], experiment: Experiment) 
 def _holds_on(experiment: Experiment) -> bool:
     """Whether what a slice began with is needed again."""
     training = experiment.training
-    return bool(training.anchor or training.item_mean) or experiment.evaluation.promotion_margin is not None
+    return (
+        bool(training.anchor or training.item_mean or training.ewc)
+        or experiment.evaluation.promotion_margin is not None
+    )
+
+
+def anew(experiment: Experiment) -> bool:
+    """Whether every slice begins with a new model."""
+    return isinstance(experiment.split, BlockSplit) and experiment.split.refit == "fresh"
 
 
 def worth_promoting(rows: Mapping[str, Any], settings: EvaluationConfig) -> bool:

@@ -31,6 +31,7 @@ from fedrec.server.drift import hurried
 from fedrec.server.gather import TICKET_BYTES, Ask, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.local import LocalMode
+from fedrec.server.pace import in_stage, lesson_inputs
 from fedrec.server.private_fit import Place, private_fit
 from fedrec.server.rehearsal import rehearsed
 from fedrec.server.robust import combined
@@ -118,18 +119,21 @@ def run_round(
         private=None if mode is None else mode.fit,
     )
     shapes = {name: (value.shape, value.dtype) for name, value in learnt.items()}
+    stage = training.base if time_slice.index == 0 else training.later
+    inputs = lesson_inputs(state, training, stage)
 
     def plan_for(slots: NDArray[np.int64]) -> RoundPlan:
         return RoundPlan(
             time_slice.index,
             state.round,
             task,
-            model,
+            in_stage(model, stage),
             time_slice.n_items,
             state.params,
             key,
             recipe.catalog_digest,
             slots,
+            inputs,
             codec=training.codec,
             download=training.download,
         )
@@ -153,8 +157,9 @@ def run_round(
     params, memory, norm = dict(state.params), dict(state.memory), 0.0
     if mean:
         norm = named.norm(mean)
-        stage = training.base if time_slice.index == 0 else training.later
         mean = pulled(mean, params, state.anchor, training.anchor)
+        if training.ewc is not None:
+            mean = pulled(mean, params, state.anchor, training.ewc.strength, state.fisher)
         if training.rehearsal is not None and state.memories:
             mean = rehearsed(mean, params, state.memories, model, training.rehearsal, local, key)
         speed = optimizer.speed(stage, state.round) * hurried(state.releases)

@@ -21,8 +21,8 @@ from fedrec.data.features import Matrix, item_features, make_encoder
 from fedrec.data.slices import TimeSlice, leave_one_out, schedule_slices, stream_slices, with_validation
 from fedrec.errors import ConfigError, PrivacyError, RunError
 from fedrec.evaluation.metrics import metric_names
-from fedrec.models.build import build
-from fedrec.models.configs import BlendConfig, SpectralConfig, TextTransformerConfig
+from fedrec.models.build import build, trained
+from fedrec.models.configs import BlendConfig, SpectralConfig, TextTransformerConfig, TransformerConfig
 from fedrec.privacy.accounting import check_delta
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
@@ -103,7 +103,8 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 def cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
     """Return the slices that the experiment asks for; those of a blend keep a window for validation."""
     slices = _cut(experiment, dataset)
-    return with_validation(slices, VALIDATION) if isinstance(experiment.model, BlendConfig) else slices
+    keeps = isinstance(experiment.model, BlendConfig) and not isinstance(experiment.split, BlockSplit)
+    return with_validation(slices, VALIDATION) if keeps else slices
 
 
 def _cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
@@ -111,11 +112,6 @@ def _cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
     if isinstance(split, LeaveOneOutSplit):
         return leave_one_out(dataset.catalog, split.test)
     if isinstance(split, BlockSplit):
-        if isinstance(experiment.model, BlendConfig):
-            raise ConfigError(
-                "A blend keeps a part of each slice's time for validation, and blocks have no time; set split.kind = "
-                '"stream" or another model.kind.'
-            )
         return block_slices(dataset, split.later + 1, split.refit)
     if dataset.provenance.get("time_unit") == "blocks":
         raise RunError(f"'{experiment.data.source}' is laid out in blocks, without time; use split.kind = \"blocks\".")
@@ -151,13 +147,23 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
     _check_promotion(experiment)
-    local = experiment.training.local
-    if experiment.privacy.mode == "local" and (local.replay or not local.history_negatives):
-        raise ConfigError(
-            'In privacy.mode = "local" clients draw windows of their own; leave training.local.replay and '
-            "training.local.history_negatives at their defaults."
-        )
+    _check_training(experiment)
     local_mode(experiment)
+
+
+def _check_training(experiment: Experiment) -> None:
+    """Refuse what the model or the mode would silently not do."""
+    training, model = experiment.training, trained(experiment.model)
+    local = training.local
+    special = local.replay or not local.history_negatives or local.distil or training.curriculum or training.ewc
+    if experiment.privacy.mode == "local" and special:
+        raise ConfigError(
+            'In privacy.mode = "local" clients draw windows of their own; leave training.local.replay, distil and '
+            "history_negatives at their defaults, and training.ewc and training.curriculum out."
+        )
+    staged = training.base.dropout is not None or training.later.dropout is not None
+    if staged and not isinstance(model, TransformerConfig | TextTransformerConfig):
+        raise ConfigError(f'A model of kind "{model.kind}" has no dropout; leave it out of training.base and later.')
 
 
 def _check_promotion(experiment: Experiment) -> None:

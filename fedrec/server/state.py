@@ -14,7 +14,9 @@ from fedrec.errors import RunError
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
-_TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor", "prior", "study", "memories")
+_TENSORS = (
+    "params", "average", "memory", "counts", "statistic", "anchor", "prior", "fisher", "teacher", "study", "memories",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class ServerState:
         statistic: the co-occurrence statistic of the slices so far, with its noise, and the counts, those of
             now and those that shaped its space of features; empty if the experiment wants none.
         anchor: the parameters that the slice began with, if training holds on to them; empty in the first slice.
+        fisher: how much each parameter of the last release mattered to people so far; empty if training does not ask.
+        teacher: what the slice began with, if clients are to imitate it; empty in the first slice.
         prior: parameters of a blend's spectral part, made from `statistic`.
         study: while the slice is distilled: "fitted:" parameters as the rounds left them, "memory:" of the optimizer.
         memories: synthetic histories that the slice rehearses; empty in the first, or if training wants none.
@@ -63,6 +67,8 @@ class ServerState:
     statistic: Params = field(default_factory=dict)
     anchor: Params = field(default_factory=dict)
     prior: Params = field(default_factory=dict)
+    fisher: Params = field(default_factory=dict)
+    teacher: Params = field(default_factory=dict)
     study: Params = field(default_factory=dict)
     memories: Params = field(default_factory=dict)
     adoption: Mapping[str, Any] = field(default_factory=dict)

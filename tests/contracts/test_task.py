@@ -16,7 +16,7 @@ from fedrec.models.recommender import get_params
 from fedrec.params import Accumulator, digest, non_finite, norm
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
-from fedrec.protocol.task import AnyTask, CountTask, EvaluateTask, FitTask, LocalTraining, Task
+from fedrec.protocol.task import AnyTask, CountTask, EvaluateTask, FisherTask, FitTask, LocalTraining, Task
 from tests.contracts.recommender import KEY, RECOMMENDERS, uneven_log
 
 N_ITEMS = 30
@@ -26,6 +26,7 @@ CLIP = 3.0
 FIT = FitTask(window=LastWindow(skip=1), local=LocalTraining(steps=2, learning_rate=0.5, clip_norm=CLIP))
 TASKS: dict[str, AnyTask] = {
     "fit": FIT,
+    "fisher": FisherTask(window=LastWindow(skip=1), clip_norm=2.0),
     "count": CountTask(window=LastWindow(skip=0), clip_norm=1.5),
     "count, not bounded": CountTask(window=TimeWindow(start=2, end=25)),
     "evaluate": EvaluateTask(window=LastWindow(skip=0, take=1), n_known_items=N_ITEMS - 5, ks=(5,), replicates=3),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedrec import params as named
+from fedrec.client.lesson import Lesson
 from fedrec.client.pool import LogPool
 from fedrec.client.rows import renumber
 from fedrec.client.trained import Trained
@@ -114,7 +115,15 @@ def summed(tallies: Sequence[Tally]) -> Tally:
 
 @models
 @pytest.mark.parametrize("steps", [1, 4])
-@pytest.mark.parametrize("memory", [{}, {"replay": 0.5, "replay_budget": 30, "history_negatives": False}], ids=str)
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"replay": 0.5, "replay_budget": 30, "history_negatives": False},
+        {"replay": 0.9, "replay_by_shift": True},
+    ],
+    ids=str,
+)
 def test_batched_training_is_training_each(config: AnyModelConfig, steps: int, memory: dict[str, float]) -> None:
     model, people = lively(config, N_ITEMS), cohort()
     local = LocalTraining(steps=steps, learning_rate=0.1, **memory)
@@ -131,6 +140,53 @@ def test_batched_training_is_training_each(config: AnyModelConfig, steps: int, m
         assert any(not torch.equal(own[name], shared[name]) for name in shared)
     ones = np.ones(len(people), np.float32)
     assert_close(totals(batched, shared, ones), totals(each, shared, ones), 1e-4)
+
+
+TAUGHT = [name for name in MODELS if name != "popularity"]
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_batched_imitation_is_imitation_one_by_one_and_pulls_towards_the_teacher(name: str, steps: int) -> None:
+    config = MODELS[name]
+    model, teacher, people = lively(config, N_ITEMS), lively(config, N_ITEMS, KEY.child("teacher")), cohort()
+    local, lesson = LocalTraining(steps=steps, learning_rate=0.1, distil=2.0), Lesson(teacher)
+    each, batched = (train(model, people, local, KEY, lesson) for train in (train_each, train_batched))
+    torch.testing.assert_close(batched.loss, each.loss, rtol=1e-5, atol=1e-5)
+    shared = {name: value.detach() for name, value in model.named_parameters()}
+    ones = np.ones(len(people), np.float32)
+    assert_close(totals(batched, shared, ones), totals(each, shared, ones), 1e-4)
+    alone = train_batched(model, people, local, KEY)
+    assert (each.loss > alone.loss).all()
+    if not isinstance(config, FactorisationConfig):  # without dropout, whoever imitates itself learns nothing by it
+        model = lively(config.model_copy(update={"dropout": 0.0}), N_ITEMS)
+    alone, itself = (train_batched(model, people, local, KEY, lesson) for lesson in (Lesson(), Lesson(model)))
+    torch.testing.assert_close(itself.loss, alone.loss, rtol=1e-5, atol=1e-5)
+
+
+@models
+def test_items_that_are_not_frequent_are_no_targets_in_either_twin(config: AnyModelConfig) -> None:
+    model, people = lively(config, N_ITEMS), cohort()
+    frequent = np.arange(N_ITEMS) % 3 == 0
+    lesson = Lesson(frequent=frequent)
+    for drawn in step_batches(people, model, LOCAL, KEY, lesson):
+        assert frequent[drawn.targets[drawn.target_mask]].all()
+        assert drawn.target_mask.any()
+    each, batched = (train(model, people, LOCAL, KEY, lesson) for train in (train_each, train_batched))
+    shared = {name: value.detach() for name, value in model.named_parameters()}
+    ones = np.ones(len(people), np.float32)
+    assert_close(totals(batched, shared, ones), totals(each, shared, ones), 1e-4)
+
+
+@models
+def test_squares_are_squares_entry_by_entry_in_both_twins(config: AnyModelConfig) -> None:
+    model, people = lively(config, N_ITEMS), cohort()
+    local, ones = LocalTraining(), np.ones(len(people), np.float32)
+    shared = {name: value.detach() for name, value in learnt(model).items()}
+    each, batched = (train(model, people, local, KEY, Lesson(apart=True)) for train in (train_each, train_batched))
+    wanted = {name: part.square().sum(0) for name, part in each.dense.items()}
+    assert_close(totals(each.squared(), shared, ones), wanted)
+    assert_close(totals(batched.squared(), shared, ones), wanted, 1e-4)
 
 
 @models

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks.lifelong import FITTED, SPECTRAL, VARIANTS, experiment_of, f3crec_blocks, live, row_of
+from benchmarks.lifelong import VARIANTS, fitted, main, over_people, over_seeds, rows_of, spectral
+from benchmarks.lives import experiment_of, f3crec_blocks, forked, live, shared_base
 from fedrec.data.blocks import block_slices
 from fedrec.data.slices import resolve
 from fedrec.errors import DataError
@@ -43,19 +43,43 @@ def test_missing_blocks_are_named(tmp_path: Path) -> None:
         f3crec_blocks(tmp_path, "test")
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_variant_is_a_valid_experiment_that_differs_where_it_says(changes: dict[str, Any]) -> None:
-    training = experiment_of(FITTED, changes, 1).training.model_dump()
-    plain = experiment_of(FITTED, {}, 1).training.model_dump()
+@pytest.mark.parametrize("what", VARIANTS)
+def test_every_variant_is_a_valid_experiment_that_differs_after_the_base(what: str) -> None:
+    changes = VARIANTS[what]
+    training = experiment_of(fitted("f3crec"), 1, {"training": changes}).training.model_dump()
+    plain = experiment_of(fitted("f3crec"), 1).training.model_dump()
     assert (training != plain) is bool(changes)
     assert training["base"] == plain["base"]
 
 
-def test_a_life_gives_finite_rows(tmp_path: Path) -> None:
+def test_a_fork_is_the_life_that_it_stands_for_to_the_last_bit(tmp_path: Path) -> None:
     write_blocks(tmp_path)
-    life, seconds = live(experiment_of(SPECTRAL, {}, 1), f3crec_blocks(tmp_path, "validation"))
-    rows = row_of("statistic", [life])
-    assert len(rows) == 4
+    dataset = f3crec_blocks(tmp_path, "test")
+    small = {
+        "model": {"kind": "transformer", "dim": 4, "length": 6, "softmax": {"kind": "sampled", "negatives": 4}},
+        "training": {"cohort": {"kind": "poisson", "expected": 6}, "base": {"rounds": 2}, "later": {"rounds": 0}},
+    }
+    changed = {"training": {"later": {"rounds": 2}, "ewc": {"strength": 0.1}, "local": {"distil": 0.5}}}
+    with shared_base(experiment_of(small, 1), dataset) as (base, kept):
+        other = forked(experiment_of(small, 1, changed), dataset, base, kept)
+    whole = live(experiment_of(small, 1, changed), dataset)
+    assert [one["digest"] for one in other.releases[1:]] != [one["digest"] for one in base.releases[1:]]
+    np.testing.assert_array_equal(other.matrix, whole.matrix)
+    assert len(other.seconds) == len(whole.seconds) == 4
+
+
+def test_a_life_gives_finite_rows_and_an_interval_over_people(tmp_path: Path) -> None:
+    write_blocks(tmp_path)
+    document = spectral("f3crec")
+    one = live(experiment_of(document, 1, {"evaluation": {"replicates": 20}}), f3crec_blocks(tmp_path, "validation"))
+    spread = over_people(one)
+    assert 0 < spread.low < spread.mean < spread.high
+    assert spread.mean == one.life.harmonic
+    rows = rows_of("f3crec", "statistic", [one], spread)
     assert all(np.isfinite(row.value) for row in rows)
-    assert 0 < life.harmonic <= 1
-    assert seconds == 0.0
+    assert over_seeds([one]).low == one.life.harmonic
+
+
+def test_an_unknown_data_set_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "netflix"]) == 2
+    assert "--only takes one of f3crec, movietweetings, amazon-video." in capsys.readouterr().err

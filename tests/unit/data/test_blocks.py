@@ -43,7 +43,9 @@ def test_windows_hold_what_the_parts_say() -> None:
     assert seen(dataset, second.known) == [["1", "2", "3", "5", "6", "7"], ["1", "5"]]
     assert (first.n_items, second.n_items, second.n_items_test) == (3, 6, 9)
     assert first.fit is None
-    assert seen(dataset, block_slices(dataset, 2, refit=True)[1].fit) == [["1", "2", "3", "5", "6"], ["1", "5"]]
+    assert seen(dataset, first.validation) == [["3"], []]
+    assert seen(dataset, second.validation) == [["7"], []]
+    assert seen(dataset, block_slices(dataset, 2, refit="warm")[1].fit) == [["1", "2", "3", "5", "6"], ["1", "5"]]
 
 
 def test_for_choosing_settings_the_tests_are_not_even_there() -> None:
@@ -71,6 +73,14 @@ def test_a_data_set_is_cut_by_time_and_loses_nothing() -> None:
             assert not any((name, item) in held for item in train)
             times = [when[name, item] for item in train]
             assert all(when[name, item] > max(times) for item in test if times)
+
+
+def test_rare_people_and_items_can_be_left_out_first() -> None:
+    dataset = dataset_of(list({(u, i): (u, i, t) for u, i, t in small_rows()}.values()))
+    cut = in_blocks(dataset, base=0.5, later=1, min_user=6, min_item=3)
+    assert np.diff(cut.log.offsets).min() >= 6
+    assert np.bincount(cut.log.item, minlength=len(cut.catalog)).min() >= 3
+    assert 0 < len(cut.log) < len(dataset.log)
 
 
 def _rows(dataset: Dataset) -> list[tuple[str, int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ BLOCKS = {"kind": "blocks", "later": 2}
 ONCE = {"evaluation__probes": None, "evaluation__local_only": {"people": 0}}
 
 
-def plans(tmp_path: Path, refit: bool) -> PoolLink:
+def plans(tmp_path: Path, refit: Any) -> PoolLink:
     experiment = small_experiment(split={**BLOCKS, "refit": refit}, **ONCE)
     link = PoolLink(DATASET, 2)
     recipe = Recipe(experiment, DATASET.catalog.digest(), lambda: 0.0)
@@ -37,9 +38,9 @@ def plans(tmp_path: Path, refit: bool) -> PoolLink:
     return link
 
 
-@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("refit", ["no", "warm", "fresh"])
 def test_no_plan_trains_on_what_is_held_back_and_every_test_is_asked_of_every_release(
-    tmp_path: Path, refit: bool
+    tmp_path: Path, refit: Any
 ) -> None:
     link = plans(tmp_path, refit)
     slices = block_slices(DATASET, 3, refit)
@@ -122,10 +123,16 @@ def test_data_in_blocks_and_settings_must_agree(tmp_path: Path) -> None:
         cut(small_experiment(split=BLOCKS), dataset_of(small_rows()))
 
 
-def test_a_blend_in_blocks_is_refused() -> None:
-    blend = {"kind": "blend", "fitted": {"kind": "factorisation"}}
-    with pytest.raises(FedrecError, match="blocks have no time"):
-        cut(small_experiment(split=BLOCKS, model=blend), DATASET)
+def test_a_blend_in_blocks_is_tried_on_the_blocks_own_validation_part(tmp_path: Path) -> None:
+    blend = {"kind": "blend", "fitted": {"kind": "factorisation", "dim": 4}, "weights": [0.5]}
+    experiment = small_experiment(
+        split=BLOCKS, model=blend, training__statistics={"feature_share": 0.0}, **{**ONCE, "evaluation__ks": [5]}
+    )
+    document, registry = simulated(experiment, DATASET, tmp_path)
+    assert [set(one["adoption"]["tried"]) for one in document["releases"]] == [{"weight 0", "weight 0.5"}] * 3
+    assert all(one["adoption"]["tried"]["weight 0"] > 0 for one in document["releases"])
+    assert np.isfinite(matrix(document["releases"], "ndcg@5")).all()
+    assert registry.verify() == []
 
 
 @pytest.mark.parametrize("local", [{"replay": 0.5}, {"history_negatives": False}], ids=str)
