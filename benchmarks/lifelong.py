@@ -48,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dropout fine-tune": {"local": LIKES},
     "+ history-aware negatives": {},
     "EWC": {"ewc": {"strength": 0.03}},
-    "distillation on the client": {"local": {"distil": 0.5}},
+    "distillation on the client": {"local": {"imitate": 0.5}},
     "replay": {"local": {"replay": 0.5}},
     "F3CRec's method": {"local": {"replay": 0.5, "replay_by_shift": True}, "item_mean": 0.01},
 }

@@ -54,6 +54,6 @@ def lesson_of(plan: RoundPlan) -> Lesson:
 @torch.no_grad()
 def taught_by(lesson: Lesson, batch: Batch, local: LocalTraining) -> Taught | None:
     """Return what the teacher says of a batch (torch, items numbered as in the catalogue); None without one."""
-    if lesson.teacher is None or not local.distil:
+    if lesson.teacher is None or not local.imitate:
         return None
-    return Taught(lesson.teacher.candidate_scores(batch), local.distil)
+    return Taught(lesson.teacher.candidate_scores(batch), local.imitate)

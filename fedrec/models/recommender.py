@@ -116,7 +116,7 @@ class Recommender(nn.Module, ABC):
             FedrecError: this model cannot teach.
         """
         raise FedrecError(
-            f'A model of kind "{self.config.kind}" cannot be distilled; leave training.local.distil at 0.'
+            f'A model of kind "{self.config.kind}" cannot be distilled; leave training.local.imitate at 0.'
         )
 
     def taught_loss(self, batch: Batch, local: Mapping[str, Tensor] | None, taught: Taught) -> Float[Tensor, " b"]:
@@ -126,7 +126,7 @@ class Recommender(nn.Module, ABC):
             FedrecError: this model cannot be taught.
         """
         raise FedrecError(
-            f'A model of kind "{self.config.kind}" cannot be distilled; leave training.local.distil at 0.'
+            f'A model of kind "{self.config.kind}" cannot be distilled; leave training.local.imitate at 0.'
         )
 
     def local_start(self, batch: Batch) -> dict[str, Tensor]:

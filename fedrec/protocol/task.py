@@ -38,7 +38,7 @@ class LocalTraining(_Settings):
     replay_by_shift: bool = False
     """Rehearse the less, the more the person's taste has moved: `replay` is multiplied by the cosine of the vectors
     that the received model makes of what lies before the window and of all up to its end (F3CRec's idea)."""
-    distil: float = Field(default=0.0, ge=0)
+    imitate: float = Field(default=0.0, ge=0)
     """Weight of a second loss: be like the release that the slice began with on the same candidates. The plan then
     carries that release as well, which doubles the download; nothing more is sent back."""
 

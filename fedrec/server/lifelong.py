@@ -208,7 +208,7 @@ def _begin(
     return state.advanced(
         params=params,
         average={},
-        teacher=params if state.released and recipe.experiment.training.local.distil else {},
+        teacher=params if state.released and recipe.experiment.training.local.imitate else {},
         anchor=state.released if _holds_on(recipe.experiment) else {},
         memory={} if anew(recipe.experiment) else optimizer.grow_memory(state.memory, params),
         counts={"counts": total},

@@ -155,10 +155,10 @@ def _check_training(experiment: Experiment) -> None:
     """Refuse what the model or the mode would silently not do."""
     training, model = experiment.training, trained(experiment.model)
     local = training.local
-    special = local.replay or not local.history_negatives or local.distil or training.curriculum or training.ewc
+    special = local.replay or not local.history_negatives or local.imitate or training.curriculum or training.ewc
     if experiment.privacy.mode == "local" and special:
         raise ConfigError(
-            'In privacy.mode = "local" clients draw windows of their own; leave training.local.replay, distil and '
+            'In privacy.mode = "local" clients draw windows of their own; leave training.local.replay, imitate and '
             "history_negatives at their defaults, and training.ewc and training.curriculum out."
         )
     staged = training.base.dropout is not None or training.later.dropout is not None

@@ -150,7 +150,7 @@ TAUGHT = [name for name in MODELS if name != "popularity"]
 def test_batched_imitation_is_imitation_one_by_one_and_pulls_towards_the_teacher(name: str, steps: int) -> None:
     config = MODELS[name]
     model, teacher, people = lively(config, N_ITEMS), lively(config, N_ITEMS, KEY.child("teacher")), cohort()
-    local, lesson = LocalTraining(steps=steps, learning_rate=0.1, distil=2.0), Lesson(teacher)
+    local, lesson = LocalTraining(steps=steps, learning_rate=0.1, imitate=2.0), Lesson(teacher)
     each, batched = (train(model, people, local, KEY, lesson) for train in (train_each, train_batched))
     torch.testing.assert_close(batched.loss, each.loss, rtol=1e-5, atol=1e-5)
     shared = {name: value.detach() for name, value in model.named_parameters()}

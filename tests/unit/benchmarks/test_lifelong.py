@@ -59,7 +59,7 @@ def test_a_fork_is_the_life_that_it_stands_for_to_the_last_bit(tmp_path: Path) -
         "model": {"kind": "transformer", "dim": 4, "length": 6, "softmax": {"kind": "sampled", "negatives": 4}},
         "training": {"cohort": {"kind": "poisson", "expected": 6}, "base": {"rounds": 2}, "later": {"rounds": 0}},
     }
-    changed = {"training": {"later": {"rounds": 2}, "ewc": {"strength": 0.1}, "local": {"distil": 0.5}}}
+    changed = {"training": {"later": {"rounds": 2}, "ewc": {"strength": 0.1}, "local": {"imitate": 0.5}}}
     with shared_base(experiment_of(small, 1), dataset) as (base, kept):
         other = forked(experiment_of(small, 1, changed), dataset, base, kept)
     whole = live(experiment_of(small, 1, changed), dataset)

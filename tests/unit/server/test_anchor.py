@@ -62,7 +62,7 @@ def test_an_item_that_moved_far_keeps_less_of_its_old_row() -> None:
         {"training__anchor": 20.0},
         {"training__item_mean": 0.9},
         {"training__ewc": {"strength": 20.0}},
-        {"training__local": {"distil": 30.0}},
+        {"training__local": {"imitate": 30.0}},
     ],
     ids=str,
 )
