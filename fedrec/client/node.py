@@ -15,7 +15,9 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -42,10 +44,11 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
+UNKNOWN = "the server does not know this node's key"
+TRIES, PAUSE_SECONDS = 4, 10.0
+"""A server registers keys when it starts; who comes a moment earlier is not refused for good."""
 REASONS = {
-    "Failed to activate SuperNode": (
-        "the server does not know this node's key; register it there with `fedrec server add-node`"
-    ),
+    "Failed to activate SuperNode": f"{UNKNOWN}; register it there with `fedrec server add-node`",
     "certificate has expired": "the server's certificate has expired; make a new one there with `fedrec server renew`",
     "WRONG_VERSION_NUMBER": "what listens there speaks no TLS; is 'server' its address?",
     "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not one that 'ca' vouches for, or the clock is wrong",
@@ -209,8 +212,8 @@ def renumbered(dataset: Dataset, catalog: ItemCatalog) -> InteractionLog:
     )  # fmt: skip
 
 
-def run_node(folder: Path, say: Any) -> int:
-    """Run Flower's SuperNode for the node in `folder` until it ends or is told to, and return its exit code.
+def run_node(folder: Path, say: Callable[[str], None]) -> None:
+    """Run Flower's SuperNode for the node in `folder` until it is told to end.
 
     Args:
         folder: holds ``node.toml``, the CA certificate and the node's key.
@@ -229,8 +232,21 @@ def run_node(folder: Path, say: Any) -> int:
         raise ConfigError(f"'{key}' is open to others; close it with: chmod 600 '{key}'.")
     hosted_pool(path)  # a mistake in the data shows now, and not at the first message
     _check_certificate(settings, path.parent / settings.ca)
+    for left in reversed(range(TRIES)):
+        problem = _served(settings, path, say)
+        if problem is None:
+            return
+        if not left or UNKNOWN not in problem:
+            raise RunError(f"The node was stopped: {problem}")
+        say(f"fedrec: {problem} Trying again in {PAUSE_SECONDS:.0f} s, for a server that just started may learn it.")
+        time.sleep(PAUSE_SECONDS)
+
+
+def _served(settings: NodeSettings, path: Path, say: Callable[[str], None]) -> str | None:
+    """Run the SuperNode until it ends, and return why if nobody asked it to."""
     process = start_supernode(settings, path)
     heard: list[str] = []
+    asked: list[int] = []
 
     def listen() -> None:
         assert process.stdout is not None
@@ -239,6 +255,7 @@ def run_node(folder: Path, say: Any) -> int:
             say(line.rstrip())
 
     def end(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         process.terminate()
 
     previous = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -252,9 +269,7 @@ def run_node(folder: Path, say: Any) -> int:
             os.killpg(process.pid, signal.SIGKILL)
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if code not in (0, 1, 3, -signal.SIGTERM):  # it was asked to end
-        raise RunError(f"The node was stopped: {reason(heard, settings)}")
-    return 0
+    return None if asked or code == 0 else reason(heard, settings)
 
 
 def _check_certificate(settings: NodeSettings, ca: Path) -> None:

@@ -74,9 +74,10 @@ def _live(
     def due(time_slice: TimeSlice) -> None:
         if isinstance(experiment.split, ScheduleSplit):
             time = experiment.split.start + time_slice.index * experiment.split.interval_seconds
-            while (left := time - now()) > 0:
+            if time > now():
                 journal.stand("waiting for the next slice", slice=time_slice.index, due=time)
-                sleep(min(left, 60.0))
+            while (left := time - now()) > 0:
+                sleep(min(left, 60.0))  # in pieces, for clocks are set
         wait_for_nodes(link, waiting.minimum_nodes, waiting.patience_seconds, journal, sleep)
 
     command = f"fedrec server run {folder.path}"
@@ -91,14 +92,16 @@ def wait_for_nodes(
     Raises:
         RunError: they are not, in time.
     """
-    waited = 0.0
+    waited, told = 0.0, -1
     while len(found := link.nodes()) < minimum:
         if waited >= patience_seconds:
             raise RunError(
                 f"{len(found)} of the {minimum} nodes that waiting.minimum_nodes asks for are connected after "
                 f"{patience_seconds:.0f} s; start more with `fedrec node`."
             )
-        journal.stand("waiting for nodes", nodes=len(found), minimum=minimum)
+        if len(found) != told:
+            told = len(found)
+            journal.stand("waiting for nodes", nodes=told, minimum=minimum)
         sleep(LOOK_SECONDS)
         waited += LOOK_SECONDS
 

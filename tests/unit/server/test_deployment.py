@@ -151,7 +151,7 @@ def test_without_nodes_a_life_is_put_off_and_says_so(place: DeploymentFolder) ->
     outcome = read_document(place.state(OUTCOME))
     assert (outcome["finished"], outcome["again"]) == (False, True)
     assert read_document(place.state(STATUS)) == {
-        "at": clock.time - 1, "doing": "waiting for nodes", "nodes": 0, "minimum": 2
+        "at": LAST, "doing": "waiting for nodes", "nodes": 0, "minimum": 2
     }  # fmt: skip
 
 
