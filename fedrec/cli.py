@@ -13,6 +13,7 @@ import typer
 from fedrec import __version__
 from fedrec.data.commands import app as data_app
 from fedrec.errors import FedrecError
+from fedrec.fleet import device_app, gateway_app
 from fedrec.server.commands import app as releases_app
 from fedrec.server.deploy_commands import app as server_app
 from fedrec.server.privacy_commands import app as privacy_app
@@ -30,6 +31,8 @@ app = typer.Typer(
 app.add_typer(data_app, name="data", help="Data sets: list, fetch, describe, import.")
 app.add_typer(privacy_app, name="privacy", help="Plan a privacy budget, show a ledger.")
 app.add_typer(server_app, name="server", help="Launch and look after an aggregation server.")
+app.add_typer(gateway_app, name="gateway", help="Serve many light devices as one node.")
+app.add_typer(device_app, name="device", help="One person's device on the command line.")
 app.add_typer(releases_app, name="releases", help="Releases: list, show, promote, roll back, verify.")
 
 RegistryOption = Annotated[

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -21,32 +22,47 @@ from fedrec.protocol.flower import RECORD, from_record, to_record
 from fedrec.protocol.identities import SIMULATION, STRICT, SecurePolicy
 from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
+from fedrec.protocol.signing import opened
 
 SECURE: tuple[Verb, ...] = ("advertise", "share", "mask", "unmask")
 MEMORY = "fedrec-secure"
 
 
-def client_app(
-    pool_for: Callable[[Context], ClientPool], policy_for: Callable[[Context], SecurePolicy] = lambda context: STRICT
-) -> ClientApp:
-    """Return a ClientApp whose nodes host the pools that `pool_for` gives.
+class Relay(Protocol):
+    """A node that hosts nobody itself: it passes the server's documents on, signatures and all, and answers back."""
+
+    def answer(self, verb: Verb, document: bytes) -> bytes:
+        """Return the answer to one question."""
+        ...
+
+
+Host = Callable[[Context], ClientPool | Relay]
+
+
+def client_app(pool_for: Host, policy_for: Callable[[Context], SecurePolicy] = lambda context: STRICT) -> ClientApp:
+    """Return a ClientApp whose nodes host the pools, or relay to the gateways, that `pool_for` gives.
 
     Args:
-        pool_for: the pool of a node.
+        pool_for: the pool of a node, or its gateway.
         policy_for: on what the node insists in secure sums; without it, it refuses noise from a seed.
     """
     made = ClientApp()
 
     @made.query("census")
     def census(message: Message, context: Context) -> Message:
-        request = CensusRequest.from_bytes(_document(message))
         pool = pool_for(context)
+        if not isinstance(pool, ClientPool):
+            return _relayed(pool, "census", message)
+        request = CensusRequest.from_bytes(_document(message))
         n_clients = pool.census(request.window, request.catalog_digest)
         return _reply(message, Census(node=pool.name, n_clients=n_clients, ticket=request.ticket).to_bytes())
 
     @made.train("run")
     def run(message: Message, context: Context) -> Message:
-        plan, pool = RoundPlan.from_bytes(_document(message)), pool_for(context)
+        pool = pool_for(context)
+        if not isinstance(pool, ClientPool):
+            return _relayed(pool, "run", message)
+        plan = RoundPlan.from_bytes(_document(message))
         tally = replace(pool.run(plan), ticket=plan.ticket)
         return _reply(message, tally.to_bytes(plan.coding, pool.name))
 
@@ -56,14 +72,17 @@ def client_app(
 
 
 def _phase(
-    verb: Verb, pool_for: Callable[[Context], ClientPool], policy_for: Callable[[Context], SecurePolicy]
+    verb: Verb, pool_for: Host, policy_for: Callable[[Context], SecurePolicy]
 ) -> Callable[[Message, Context], Message]:
     """Return how a node answers in one phase of a secure sum; between them its secrets stay in its Flower context."""
 
     def answer(message: Message, context: Context) -> Message:
+        pool = pool_for(context)
+        if not isinstance(pool, ClientPool):
+            return _relayed(pool, verb, message)
         kept = context.state.get(MEMORY)
         memory = None if kept is None else from_record(RecordDict({RECORD: kept}))
-        node = SecureNode(pool_for(context), memory, policy_for(context))
+        node = SecureNode(pool, memory, policy_for(context))
         document = node.answer(verb, _document(message))
         context.state[MEMORY] = to_record(node.memory)[RECORD]
         return _reply(message, document)
@@ -72,14 +91,19 @@ def _phase(
 
 
 def _document(message: Message) -> bytes:
-    return from_record(message.content)
+    """Return what the server asks; a node trusts the server that it is connected to, signed or not."""
+    return opened(from_record(message.content))
+
+
+def _relayed(relay: Relay, verb: Verb, message: Message) -> Message:
+    return _reply(message, relay.answer(verb, from_record(message.content)))
 
 
 def _reply(message: Message, document: bytes) -> Message:
     return Message(to_record(document), reply_to=message)
 
 
-def configured_pool(context: Context) -> ClientPool:
+def configured_pool(context: Context) -> ClientPool | Relay:
     """Return the pool of the ``node.toml`` that `fedrec node` names, or a simulated node's share of the data.
 
     Raises:

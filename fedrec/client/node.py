@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,6 +37,9 @@ from fedrec.data.sources import load_dataset
 from fedrec.errors import ConfigError, RunError
 from fedrec.privacy.settings import NoPrivacy, Privacy
 from fedrec.protocol.identities import Identities, SecurePolicy, read_identity
+
+if TYPE_CHECKING:
+    from fedrec.client.gateway.control import GatewayPool
 
 SETTINGS, KEY = "node.toml", "fedrec-node"
 QUIET = {
@@ -74,6 +77,8 @@ class NodeSettings(BaseModel):
     """A folder that `fedrec data import` wrote: a person a user."""
     stores: tuple[str, ...] = ()
     """Folders of device stores, one a person."""
+    gateway: str | None = None
+    """Folder of a gateway that runs on this machine (`fedrec gateway run`): its devices are the node's people."""
     catalog: str | None = None
     """Folder with the public ``catalog.json`` that the server numbers items by; None: that of `data`."""
     share: tuple[int, int] | None = None
@@ -96,8 +101,8 @@ class NodeSettings(BaseModel):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if (self.data is None) == (not self.stores):
-            raise ValueError("say where the people's histories are: give one of 'data' and 'stores'")
+        if [self.data is None, not self.stores, self.gateway is None].count(False) != 1:
+            raise ValueError("say where the people's histories are: give one of 'data', 'stores' and 'gateway'")
         if self.stores and self.catalog is None:
             raise ValueError("stores know no catalogue; give 'catalog'")
         if self.share is not None and not 0 <= self.share[0] < self.share[1]:
@@ -156,13 +161,17 @@ def hosted_policy(path: Path) -> SecurePolicy:
     )
 
 
-def hosted_pool(path: Path) -> ClientPool:
-    """Return the pool that a ``node.toml`` describes.
+def hosted_pool(path: Path) -> ClientPool | GatewayPool:
+    """Return the pool that a ``node.toml`` describes, or the way to its gateway.
 
     Raises:
         FedrecError: it makes no sense, or the data is not there.
     """
     settings, folder = NodeSettings.load(path), path.parent
+    if settings.gateway is not None:
+        from fedrec.client.gateway.control import GatewayPool
+
+        return GatewayPool(folder / settings.gateway)
     budget = LocalBudget.of(settings.privacy, folder / settings.ledgers)
     catalog = None if settings.catalog is None else ItemCatalog.load(folder / settings.catalog)
     if settings.stores:

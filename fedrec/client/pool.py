@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ COUNTED_AT_ONCE = 8_192
 """People whose items are counted in one computation; everybody at once would hold the whole log several times."""
 
 
+@runtime_checkable
 class ClientPool(Protocol):
     """The clients of one node."""
 

@@ -32,7 +32,7 @@ from fedrec.protocol import wire
 if TYPE_CHECKING:
     from fedrec.privacy.terms import Terms as SecureTerms
 
-Purpose = Literal["plan", "release"]
+Purpose = Literal["plan", "release", "phase"]
 _ENVELOPE, _DOCUMENT, _RELEASE = "signed", "document", "device-release"
 
 

@@ -19,7 +19,9 @@ CA_DAYS, SERVER_DAYS = 3650, 397
 PRIVATE = 0o600
 
 
-def make_certificates(folder: Path, hosts: list[str], now: datetime, days: int = SERVER_DAYS) -> None:
+def make_certificates(
+    folder: Path, hosts: list[str], now: datetime, days: int = SERVER_DAYS, curve: ec.EllipticCurve | None = None
+) -> None:
     """Write ``ca.crt``, ``ca.key``, ``server.crt`` and ``server.key``; a CA that is there is kept and used.
 
     Args:
@@ -27,6 +29,7 @@ def make_certificates(folder: Path, hosts: list[str], now: datetime, days: int =
         hosts: names and addresses that nodes call the server by.
         now: the clock; UTC.
         days: how long the server's certificate holds.
+        curve: of the server's key; P-384 if not given. P-256 costs a server of many short connections far less.
 
     Raises:
         RegistryError: the disk refuses.
@@ -49,7 +52,7 @@ def make_certificates(folder: Path, hosts: list[str], now: datetime, days: int =
         )
         write_atomically(folder / "ca.key", _private(ca_key), PRIVATE)
         write_atomically(folder / "ca.crt", ca.public_bytes(serialization.Encoding.PEM))
-    key = ec.generate_private_key(ec.SECP384R1())
+    key = ec.generate_private_key(curve or ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedrec server")])
     alternatives = x509.SubjectAlternativeName(
         [_name(host) for host in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]

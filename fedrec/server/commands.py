@@ -163,3 +163,41 @@ def _print_table(title: str, columns: Sequence[str], lines: Sequence[Sequence[st
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     Console().print(table)
+
+
+@app.command("key")
+def make_key(path: Annotated[Path, typer.Argument(help="File for the new key; it stays on the server.")]) -> None:
+    """Make the key that the server signs plans and releases with, and print its public half, which devices trust."""
+    from fedrec.protocol.signing import public_key, write_key
+
+    print(public_key(write_key(path)).hex())
+
+
+@app.command("sign")
+def sign_release(
+    key: Annotated[Path, typer.Option("--key", help="The server's key, from `fedrec releases key`.")],
+    out: Annotated[Path, typer.Option("--out", help="File for the signed release.")],
+    version: Version = "latest",
+    catalog: Annotated[
+        Path | None, typer.Option("--catalog", help="Folder of the catalogue that plans number items by, if it grew.")
+    ] = None,
+    first: Annotated[bool, typer.Option("--first", help="No release yet: the catalogue alone, as release 0.")] = False,
+    registry: RegistryPath = DEFAULT,
+) -> None:
+    """Write a release as devices take it, signed; a gateway gives it out."""
+    from fedrec.data.catalog import ItemCatalog
+    from fedrec.errors import ConfigError
+    from fedrec.protocol.signing import read_key
+    from fedrec.server.device_release import first_release, signed_release
+    from fedrec.server.files import write_atomically
+
+    grown = None if catalog is None else ItemCatalog.load(catalog)
+    if first:
+        if grown is None:
+            raise ConfigError("Release 0 is a catalogue alone; name its folder with --catalog.")
+        document = first_release(grown, read_key(key))
+    else:
+        releases = _registry(registry)
+        document = signed_release(releases.load(releases.row(version).version), read_key(key), grown)
+    write_atomically(out, document)
+    print(f"{len(document):,} bytes in '{out}'.")
