@@ -202,13 +202,16 @@ def node(
     catalog: Annotated[
         Path | None, typer.Option("--catalog", help="Folder with the public catalog.json; remembered.")
     ] = None,
+    gateway: Annotated[
+        Path | None, typer.Option("--gateway", help="Folder of a running gateway to speak for; remembered.")
+    ] = None,
 ) -> None:
-    """Host the people of a local data set or of device stores as a node of a federation, until it is told to end."""
+    """Host the people of a local data set, of device stores or of a gateway as a node, until told to end."""
     _need("torch", "flwr")
     from fedrec.client.node import SETTINGS, NodeSettings, read_toml, run_node
 
     path = folder / SETTINGS
-    said = {"data": data, "stores": store, "catalog": catalog}
+    said = {"data": data, "stores": store, "catalog": catalog, "gateway": gateway}
     changes = {
         name: [str(one.absolute()) for one in value] if isinstance(value, list) else str(value.absolute())
         for name, value in said.items()
@@ -217,8 +220,9 @@ def node(
     if changes:
         from fedrec.evaluation.report import toml
 
-        others = {"data": "stores", "stores": "data"}
-        kept = {k: v for k, v in read_toml(path).items() if k not in {others.get(name) for name in changes}}
+        places = {"data", "stores", "gateway"}
+        gone = places - set(changes) if places & set(changes) else set()
+        kept = {k: v for k, v in read_toml(path).items() if k not in gone}
         NodeSettings.parse(kept | changes, str(path))
         path.write_text(toml(kept | changes) + "\n", encoding="utf-8")
     run_node(folder, lambda line: print(line, flush=True))

@@ -13,10 +13,12 @@ from fedrec.config import ScheduleSplit
 from fedrec.data.slices import TimeSlice
 from fedrec.errors import FedrecError, RegistryError, RunError
 from fedrec.protocol.link import Link
+from fedrec.protocol.signing import read_key
 from fedrec.server.deployment import DeploymentFolder
 from fedrec.server.files import refusal, write_atomically
 from fedrec.server.journal import OUTCOME, PROCESS, Journal, wall_clock
 from fedrec.server.run import RunFolder, check, run_experiment
+from fedrec.server.signed import SignedLink
 
 LOCK_SECONDS = 60.0
 LOOK_SECONDS = 1.0
@@ -63,6 +65,9 @@ def _live(
 ) -> None:
     experiment, dataset, waiting = folder.experiment, folder.dataset(), folder.settings.waiting
     check(experiment, dataset)
+    signing = folder.settings.signing
+    if signing is not None:
+        link = SignedLink(link, read_key(folder.path / signing.key), cohort_minimum=signing.cohort_minimum)
     run = RunFolder.newest(folder.runs, experiment)
     if run is not None and run.complete:
         return

@@ -58,6 +58,15 @@ class Operations(_Settings):
     """Pause before the first of them; it doubles each time, up to a minute."""
 
 
+class Signing(_Settings):
+    """How plans are signed, for devices behind a gateway; they act on nothing else."""
+
+    key: str
+    """File of the signing key, from `fedrec releases key`."""
+    cohort_minimum: int = Field(default=20, ge=1)
+    """A sum that is not masked is thrown away unread if it has fewer contributions; devices are promised so."""
+
+
 class Deployment(_Settings):
     """What `fedrec server run` needs to know. Paths start at the folder of the file."""
 
@@ -78,6 +87,8 @@ class Deployment(_Settings):
     """``host:port`` that nodes connect to; None: `host` and `port` themselves."""
     open_control: bool = False
     """Allow a `host` other than loopback, though Flower's control endpoint knows no password."""
+    signing: Signing | None = None
+    """Sign plans; None: no gateway can take part."""
     waiting: Waiting = Waiting()
     operations: Operations = Operations()
 

@@ -34,6 +34,7 @@ from fedrec.server.lifelong import Desk, Event, Observer, privacy, run_stream
 from fedrec.server.local import local_mode
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe, take_census
+from fedrec.server.signed import SignedLink
 from fedrec.server.state import ServerState
 from fedrec.server.student import check_student
 from fedrec.server.teach import check_distil
@@ -249,6 +250,8 @@ def run_experiment(
             guard = _guard(experiment, folder, link, slices[0], recipe, observe)
             recipe = replace(recipe, guard=guard)
             stack.enter_context(guard.ledger)
+        if isinstance(link, SignedLink):
+            link.stand_for(folder.name, recipe.guard)
         if recipe.local is not None:
             warning = check_delta(recipe.local.settings.delta, dataset.log.n_users)
             if warning:

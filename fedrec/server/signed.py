@@ -16,7 +16,7 @@ from fedrec.protocol import wire
 from fedrec.protocol.link import Link, Reply, Verb
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import AdvertiseRequest, MaskRequest
-from fedrec.protocol.signing import Terms, digest_of, sign
+from fedrec.protocol.signing import Terms, digest_of, public_key, sign
 from fedrec.protocol.task import EvaluateTask
 from fedrec.server.guard import Guard
 
@@ -57,13 +57,18 @@ def promise_of(guard: Guard | None, ledger: str, cohort_minimum: int = 1) -> Cal
 
 
 class SignedLink:
-    """A `Link` that signs what it sends. The terms hold the promise, a nonce, and when it expires."""
+    """A `Link` that signs what it sends. The terms hold the promise, a nonce, and when it expires.
+
+    Attributes:
+        promise: says what is promised at the time of sending.
+    """
 
     def __init__(
         self,
         link: Link,
         key: Ed25519PrivateKey,
-        promise: Callable[[], Promise],
+        promise: Callable[[], Promise] | None = None,
+        cohort_minimum: int = 1,
         now: Callable[[], float] = time.time,
     ) -> None:
         """Send through `link`.
@@ -71,11 +76,21 @@ class SignedLink:
         Args:
             link: carries the documents.
             key: the server's; devices trust its public half.
-            promise: what is promised at the time of sending.
+            promise: what is promised; nothing until `stand_for`, if not given.
+            cohort_minimum: what is promised of sums that are not masked.
             now: the clock, in seconds since 1970 UTC.
         """
-        self._link, self._key, self._promise, self._now = link, key, promise, now
+        self._link, self._key, self._now = link, key, now
+        self._minimum = cohort_minimum
+        self.promise = promise or promise_of(None, self._ledger("no run"), cohort_minimum)
         self._secure: dict[str, str] = {}
+
+    def stand_for(self, run: str, guard: Guard | None) -> None:
+        """Promise from now on what a run guarantees; its ledger is named after the key, for runs of others are, too."""
+        self.promise = promise_of(guard, self._ledger(run), self._minimum)
+
+    def _ledger(self, run: str) -> str:
+        return f"{public_key(self._key).hex()[:16]} {run}"[:200]
 
     def nodes(self) -> list[int]:
         """Return the ids of the nodes that are there now."""
@@ -85,7 +100,7 @@ class SignedLink:
         """Sign, send, and yield the replies as they arrive."""
         if verb == "census" or not documents:
             return self._link.exchange(verb, documents, timeout_seconds)
-        promise = self._promise()
+        promise = self.promise()
         until = int(self._now() + (timeout_seconds or DEFAULT_SECONDS)) + 1
         terms = Terms(
             ledger=promise.ledger, cohort_minimum=promise.cohort_minimum, epsilon=promise.epsilon,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedrec.errors import FedrecError, MaskingError
-from fedrec.privacy.masking import SHARE_BYTES
+from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms
 from fedrec.protocol.link import Verb
 from fedrec.protocol.secure import (
@@ -107,8 +107,7 @@ def _cut_mask(asked: MaskRequest, terms: Terms) -> Parts:
     nothing = np.zeros(0, np.uint8)
     documents = {
         n: MaskRequest(
-            asked.session, asked.n_sharing, asked.parties[at : at + 1], asked.present[at : at + 1],
-            asked.letters[at : at + 1], nothing,
+            asked.session, asked.parties[at : at + 1], asked.present[at : at + 1], asked.letters[at : at + 1], nothing
         ).to_bytes()
         for at, n in enumerate(_numbers(asked.parties))
     }  # fmt: skip
@@ -118,12 +117,10 @@ def _cut_mask(asked: MaskRequest, terms: Terms) -> Parts:
 
 def _cut_unmask(asked: UnmaskRequest) -> Parts:
     documents = {
-        n: UnmaskRequest(
-            asked.session, asked.n_arrived, asked.parties[at : at + 1], asked.arrived[at : at + 1]
-        ).to_bytes()
+        n: UnmaskRequest(asked.session, asked.parties[at : at + 1], asked.arrived).to_bytes()
         for at, n in enumerate(_numbers(asked.parties))
     }
-    return Parts(asked.session, documents, None, (asked.arrived.shape[1] + 1) * (SHARE_BYTES + 1) + SLACK_BYTES)
+    return Parts(asked.session, documents, None, (len(asked.arrived) + 1) * (SHARE_BYTES + 1) + SLACK_BYTES)
 
 
 def joined(verb: Verb, session: str, terms: Terms, answers: Mapping[int, Read], refuse: Refuse) -> bytes:

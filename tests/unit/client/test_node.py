@@ -65,8 +65,8 @@ def test_a_household_hosts_its_stores(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("document", "sentence"),
     [
-        ({}, "say where the people's histories are: give one of 'data' and 'stores'"),
-        ({"data": "d", "stores": ["s"]}, "give one of 'data' and 'stores'"),
+        ({}, "say where the people's histories are: give one of 'data', 'stores' and 'gateway'"),
+        ({"data": "d", "stores": ["s"]}, "give one of 'data', 'stores' and 'gateway'"),
         ({"stores": ["s"]}, "stores know no catalogue; give 'catalog'"),
         ({"data": "d", "share": [3, 3]}, "'share' is [i, n] with 0 <= i < n"),
         ({"data": "d", "nam": "x"}, "Unknown key 'nam' in"),
