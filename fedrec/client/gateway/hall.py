@@ -22,6 +22,7 @@ from fedrec.client.gateway.spool import Spool, Upload
 from fedrec.errors import FedrecError, GatewayError, MaskingError, PlanRefused, ProtocolError
 from fedrec.privacy.terms import Terms as SecureTerms
 from fedrec.protocol import wire
+from fedrec.protocol.identities import read_identity
 from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.signing import DeviceRelease, verify
@@ -77,6 +78,8 @@ class Hall:
         self.folder, self.settings, self.devices = folder, settings, devices
         self._say, self._clock, self._now = say, clock, now
         self._trusted = [bytes.fromhex(key) for key in settings.trusted]
+        named = settings.identity
+        self._identity = None if named is None else read_identity(settings.file(folder, named))
         self._spool = Spool(folder / SPOOL, settings.bounds.spool_bytes)
         self._random = SystemRandom()
         self._rounds: list[Round] = []
@@ -291,7 +294,13 @@ class Hall:
             await self._held(made)
             reads = {party: path.read_bytes for party, path in made.answers().items()}
             return await asyncio.to_thread(
-                joined, verb, parts.session, session.terms, reads, lambda n, why: self._blame(made, n, why)
+                joined,
+                verb,
+                parts.session,
+                session.terms,
+                reads,
+                lambda n, why: self._blame(made, n, why),
+                self._identity,
             )
         finally:
             self._swept(made)

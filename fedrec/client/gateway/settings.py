@@ -68,6 +68,8 @@ class GatewaySettings(_Settings):
     """Public keys, in hexadecimal, of the servers whose plans and releases devices act on."""
     release: str | None = None
     """File with the signed release that devices are given; it is looked at again whenever it changes."""
+    identity: str | None = None
+    """PEM file of the key that the gateway signs with for its devices in masked sums, where others insist on it."""
     wait_seconds: float = Field(default=30.0, ge=0)
     """How long a device's check-in may be held for something to do."""
     deadline_seconds: float = Field(default=600.0, gt=0)

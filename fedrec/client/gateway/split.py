@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedrec.errors import FedrecError, MaskingError
 from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms
+from fedrec.protocol.identities import IDENTITY_BYTES, SIGNATURE_BYTES, signed
 from fedrec.protocol.link import Verb
 from fedrec.protocol.secure import (
     ADVERT,
@@ -28,6 +29,9 @@ from fedrec.protocol.secure import (
     UnmaskReply,
     UnmaskRequest,
 )
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 SLACK_BYTES = 64 << 10
 """What headers of a document may take."""
@@ -98,7 +102,11 @@ def _cut_share(asked: ShareRequest) -> Parts:
             adverts = asked.adverts[[place[int(other)] for other in row[0]]]
         except KeyError as error:
             raise MaskingError("The server names neighbours without their keys.") from error
-        one = ShareRequest(asked.session, asked.n_parties, asked.parties[at : at + 1], row, row[0], adverts)
+        one = ShareRequest(
+            asked.session, asked.n_parties, asked.parties[at : at + 1], row, row[0], adverts,
+            np.full(len(row[0]), -1, np.int64), np.zeros((0, IDENTITY_BYTES), np.uint8),
+            np.zeros((0, SIGNATURE_BYTES), np.uint8),
+        )  # fmt: skip
         documents[number] = one.to_bytes()
     return Parts(asked.session, documents, None, asked.neighbours.shape[1] * SEALED + SLACK_BYTES)
 
@@ -116,14 +124,22 @@ def _cut_mask(asked: MaskRequest, terms: Terms) -> Parts:
 
 
 def _cut_unmask(asked: UnmaskRequest) -> Parts:
+    unsigned = np.zeros((0, SIGNATURE_BYTES), np.uint8)
     documents = {
-        n: UnmaskRequest(asked.session, asked.parties[at : at + 1], asked.arrived).to_bytes()
+        n: UnmaskRequest(asked.session, asked.parties[at : at + 1], asked.arrived, unsigned).to_bytes()
         for at, n in enumerate(_numbers(asked.parties))
     }
     return Parts(asked.session, documents, None, (len(asked.arrived) + 1) * (SHARE_BYTES + 1) + SLACK_BYTES)
 
 
-def joined(verb: Verb, session: str, terms: Terms, answers: Mapping[int, Read], refuse: Refuse) -> bytes:
+def joined(
+    verb: Verb,
+    session: str,
+    terms: Terms,
+    answers: Mapping[int, Read],
+    refuse: Refuse,
+    identity: Ed25519PrivateKey | None = None,
+) -> bytes:
     """Return the node's answer; a device whose own is not what was asked is left out.
 
     Args:
@@ -132,6 +148,7 @@ def joined(verb: Verb, session: str, terms: Terms, answers: Mapping[int, Read], 
         terms: of the session.
         answers: party -> how to read its device's answer; one is in memory at a time.
         refuse: is told whose answer was wrong, and why.
+        identity: what the gateway signs with for its devices; None: it signs nothing.
 
     Raises:
         MaskingError: there is no answer that could be used.
@@ -160,21 +177,23 @@ def joined(verb: Verb, session: str, terms: Terms, answers: Mapping[int, Read], 
             refuse(party, str(error))
     if not found:
         raise MaskingError("No device of this gateway answered.")
-    return _reply(verb, session, found, total)
+    return _reply(verb, session, found, total, identity)
 
 
-def _reply(verb: Verb, session: str, found: Mapping[int, Any], total: Any) -> bytes:
+def _reply(verb: Verb, session: str, found: Mapping[int, Any], total: Any, identity: Ed25519PrivateKey | None) -> bytes:
     parties = np.array(list(found), np.int64)
 
     def column(name: str) -> Any:
         return np.concatenate([getattr(one, name) for one in found.values()])
 
     if verb == "advertise":
-        return AdvertiseReply(session, parties, column("adverts")).to_bytes()
+        adverts = column("adverts")
+        said = signed(identity, "advertise", session, parties, adverts.tobytes())
+        return AdvertiseReply(session, parties, adverts, *said).to_bytes()
     if verb == "share":
         return ShareReply(session, parties, column("letters")).to_bytes()
     if verb == "mask":
-        return MaskReply(session, parties, total).to_bytes()
+        return MaskReply(session, parties, total, signed(identity, "mask", session, parties)[1]).to_bytes()
     return UnmaskReply(session, parties, column("kinds"), column("shares")).to_bytes()
 
 
