@@ -94,6 +94,7 @@ def answer(
     if verb == "run":
         plan, sent, part = _agreed(store, pool, trusted, limits, envelope, None, now)
         tally = pool.run(plan) if _eligible(pool, plan) else Tally({}, 0, {})
+        tally = replace(tally, ticket=plan.ticket)
         return Answer(tally.to_bytes(plan.coding, pool.name), {**sent, "masked": False}, part)
     return _masked(store, pool, trusted, limits, verb, document, envelope, now)
 

@@ -333,13 +333,14 @@ def checkup(folder: Path) -> list[Finding]:
     settings = NodeSettings.load(path)
 
     def hosted() -> str:
-        pool = hosted_pool(path)
-        return f"'{pool.name}' hosts people of {settings.data or f'{len(settings.stores)} stores'}"
+        hosted_pool(path)
+        where = settings.data or settings.gateway or f"{len(settings.stores)} stores"
+        return f"'{settings.name}' hosts people of {where}"
 
     return [
         *found,
         is_private(path.parent / settings.key),
-        look("data", hosted, f"correct 'data', 'stores' or 'catalog' in '{path}'"),
+        look("data", hosted, f"correct 'data', 'stores', 'gateway' or 'catalog' in '{path}'"),
         port_answers(settings.server),
         look("certificate", lambda: _vouched(settings, path.parent / settings.ca)),
         disk(path.parent),

@@ -217,13 +217,13 @@ class Hall:
             FedrecError: the question is malformed, not signed by a trusted server, or nobody can answer it.
         """
         if verb == "census":
-            CensusRequest.from_bytes(document)
+            ticket = CensusRequest.from_bytes(document).ticket
             since = self._now() - self.settings.seen_within_seconds
             present = self.devices.present(since, self.settings.bounds.strikes)
             self._roster = [one.number for one in present]
             self.devices.flush()
             self._say({"event": "census", "devices": len(self._roster)})
-            return Census(node=self.settings.name, n_clients=len(self._roster)).to_bytes()
+            return Census(node=self.settings.name, n_clients=len(self._roster), ticket=ticket).to_bytes()
         if verb == "run":
             return await self._run(document)
         return await self._phase(verb, document)

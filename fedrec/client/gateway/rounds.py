@@ -141,7 +141,7 @@ def folded(plan: RoundPlan, name: str, answers: Mapping[int, Path], refuse: Refu
     sums, stats, n_clients = Accumulator(), dict[str, float](), 0
     for slot in sorted(answers):
         try:
-            tally = Tally.from_bytes(answers[slot].read_bytes(), coding, shapes)
+            tally = Tally.from_bytes(answers[slot].read_bytes(), coding, shapes, plan.ticket)
             expected.check(tally)
             if tally.n_clients and not tally.sums:
                 raise TallyRefused("it counts somebody without a contribution")
@@ -156,7 +156,7 @@ def folded(plan: RoundPlan, name: str, answers: Mapping[int, Path], refuse: Refu
         for key, value in tally.stats.items():
             stats[key] = stats.get(key, 0.0) + value
     total = dict(sorted(sums.value().items()))
-    return Tally(total, n_clients, stats).to_bytes(coding, name)
+    return Tally(total, n_clients, stats, ticket=plan.ticket).to_bytes(coding, name)
 
 
 def _within(tally: Tally, bound: float | None) -> Tally:
