@@ -44,7 +44,7 @@ FEATURES = KEY.numpy().standard_normal((N_ITEMS, 100)).astype(np.float32)
 MODEL = TransformerConfig(
     dim=8, blocks=1, heads=2, expand=1, length=8, dropout=0.0, softmax=SampledSoftmax(negatives=8)
 )  # fmt: skip
-SKETCH = CooccurrenceTask(window=WINDOW, sketch="features", item_share=0.0, feature_share=0.8, count_share=0.2)
+SKETCH = CooccurrenceTask(window=WINDOW, sketch="features", item_share=0.0, feature_share=0.8)
 TASKS: dict[str, AnyTask] = {
     "count": CountTask(window=WINDOW, clip_norm=2.0),
     "sketch": SKETCH,
