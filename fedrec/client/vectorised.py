@@ -14,6 +14,7 @@ from fedrec.client.rows import renumber
 from fedrec.client.trained import Tensors, Trained, in_cache
 from fedrec.client.trainer import step_batches
 from fedrec.data.batches import Batch, Cohort
+from fedrec.models.layers import Moving
 from fedrec.models.recommender import Recommender, Taught, learnt, to_torch
 from fedrec.models.squares import LeastSquares
 from fedrec.protocol.task import LocalTraining
@@ -87,23 +88,30 @@ class ByAutograd:
 
     def step(self) -> Tensor:
         """Take the next step and return the [c] losses before it."""
-        held = {name: value.detach().requires_grad_() for name, value in self._own.items()}
+        shared = self._done == 0
+        held = {
+            name: value.detach().requires_grad_() if shared or name in self._sparse else Moving(value)
+            for name, value in self._own.items()
+        }
         mine = {name: value.detach().requires_grad_() for name, value in self._kept.items()}
         losses: Tensor = functional_call(
             self._model, {**held, **self._frozen}, (self._batches[self._done], mine, self._taught[self._done])
         )
         # Scaling the few losses makes every gradient the move itself: no pass over memory is spent on the rate.
         scale = torch.full_like(losses, -self._local.learning_rate)
-        moves = torch.autograd.grad(losses, [*held.values(), *mine.values()], scale, materialize_grads=True)
+        moves = torch.autograd.grad(losses, [*held.values(), *mine.values()], scale, allow_unused=True)
+        apart = len({move.data_ptr() for move in moves if move is not None and not move.is_sparse})
+        apart += sum(move is None or move.is_sparse for move in moves)
         moved = dict(zip(held, moves, strict=False))
         if self._local.steps == 1:  # the moves are the differences
-            self._own = {
-                name: _added(value.zero_(), moved[name]) if moved[name].is_sparse else moved[name]
-                for name, value in self._own.items()
-            }
+            self._own = {name: _difference(value, moved[name]) for name, value in self._own.items()}
         else:
-            self._own = {name: _moved(value, moved[name], self._done == 0) for name, value in self._own.items()}
-        self._kept = {name: v + move for (name, v), move in zip(mine.items(), moves[len(held) :], strict=True)}
+            writable = apart == len(moves)
+            self._own = {name: _moved(value, moved[name], shared, writable) for name, value in self._own.items()}
+        self._kept = {
+            name: value if move is None else value + move
+            for (name, value), move in zip(self._kept.items(), moves[len(held) :], strict=True)
+        }
         self._done += 1
         return losses.detach()
 
@@ -119,11 +127,29 @@ class ByAutograd:
         return Trained(deltas, self._touched, sparse, first)
 
 
-def _moved(value: Tensor, move: Tensor, first: bool) -> Tensor:
-    """Return ``value + move``, in place unless `value` is a view that all share, as dense ones are at first."""
+def _difference(value: Tensor, move: Tensor | None) -> Tensor:
+    """Return how far the only step moved a parameter; of a table the memory of `value` is used."""
+    if move is None:
+        return torch.zeros_like(value)
+    return _added(value.zero_(), move) if move.is_sparse else move
+
+
+def _moved(value: Tensor, move: Tensor | None, shared: bool, writable: bool) -> Tensor:
+    """Return ``value + move``, in place.
+
+    Args:
+        value: of each client; views of the same numbers for all if `shared`.
+        move: None where a layer has moved the value already, or nothing uses it.
+        shared: whether this is the first step.
+        writable: whether no two moves share memory.
+    """
+    if move is None:
+        return value.clone() if shared else value
     if move.is_sparse:
         return _added(value, move)
-    return value + move if first else value.add_(move)
+    if shared:
+        return move.add_(value) if writable and move.is_contiguous() else value + move
+    return value.add_(move)
 
 
 def _less(own: Tensor, shared: Tensor, touched: Tensor | None) -> Tensor:

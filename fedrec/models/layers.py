@@ -16,9 +16,33 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from fedrec.errors import FedrecError
 from fedrec.random import Key
 
 _STRIDES = (40503, -1640531535, 1013904243)
+
+
+class Moving(nn.Parameter):
+    """A parameter of each person's own, [b, ...], that a backward pass may move by its gradient where that is made.
+
+    A product that adds to the weights costs less than one that is written, read again and added. `linear` does that,
+    and no gradient comes back; of other layers it does. For a loss scaled by minus the learning rate the gradient is
+    the move.
+    """
+
+    taken = False
+
+    def claim(self) -> None:
+        """Note that a layer has used it.
+
+        Raises:
+            FedrecError: a second layer would read numbers that the first one moves.
+        """
+        if self.taken:
+            raise FedrecError(
+                "A linear layer ran twice in one step of training; give each place a layer of its own."
+            )
+        self.taken = True
 
 
 def normal_rows(key: Key, first: int, last: int, dim: int, std: float) -> Float[Tensor, "n dim"]:
@@ -83,6 +107,10 @@ def linear(
     if weight.stride(0) == 0:
         shared: Tensor = _SharedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return shared
+    if isinstance(weight, Moving) and isinstance(bias, Moving):
+        weight.claim()
+        own: Tensor = _MovingLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return own
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
 
@@ -216,6 +244,26 @@ class _SharedLinear(torch.autograd.Function):
         (out,) = gradients
         x, weight = ctx.saved_tensors
         return out @ weight[0], out.transpose(1, 2) @ x, out.sum(1)
+
+
+class _MovingLinear(torch.autograd.Function):
+    """A linear layer that moves each person's own weights by their gradient while it goes backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.own = weight, bias
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (out,) = gradients
+        (x,) = ctx.saved_tensors
+        weight, bias = ctx.own
+        dx = torch.bmm(out, weight)
+        weight.baddbmm_(out.transpose(1, 2), x)
+        bias.add_(out.sum(1))
+        return dx, None, None
 
 
 class _SharedNorm(torch.autograd.Function):
