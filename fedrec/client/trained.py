@@ -46,13 +46,7 @@ class Products:
             for rows, some, vectors in zip(*in_cache(*parts), strict=True):
                 table.index_add_(0, rows.flatten(), (some[..., None] * vectors[:, None]).flatten(0, 1))
             return
-        from scipy.sparse import csc_array
-
-        # A column for each step and client, whose entries are the weights of the rows: the product adds the rows up.
-        ends = np.arange(0, self.rows.numel() + 1, self.rows.shape[2])
-        columns = (weights.flatten().numpy(), self.rows.flatten().numpy(), ends)
-        sums = csc_array(columns, (len(table), len(ends) - 1)) @ self.vectors.flatten(0, 1).numpy()
-        table += torch.from_numpy(sums)
+        add_columns(table, self.rows.flatten(0, 1), weights.flatten(0, 1), self.vectors.flatten(0, 1))
 
     def whole(self, n_rows: int) -> Tensor:
         """Return the differences of whole tables, [c, n, d]."""
@@ -110,6 +104,10 @@ class Trained:
                 flat = flat.masked_fill(out[:, None], 0.0)
             totals[name] += (weight @ flat).view(part.shape[1:])
         for name, part in self.sparse.items():
+            if part.dim() == 3 and len(totals[name]) <= self.rows.numel() and not out.any():
+                each = weight[:, None].expand_as(self.rows).reshape(-1, 1)
+                add_columns(totals[name], self.rows.reshape(-1, 1), each, part.flatten(0, 1))
+                continue
             for values, rows, w, gone in zip(*in_cache(part, self.rows, weight, out), strict=True):
                 each = (-1, *[1] * (part.dim() - 1))
                 weighted = values * w.view(each)
@@ -145,6 +143,22 @@ class Trained:
         """Return the whole parameters that one client ended with."""
         changes = self.alone(place).whole(shared)
         return {name: value + changes[name][0] if name in changes else value.clone() for name, value in shared.items()}
+
+
+def add_columns(table: Tensor, rows: Tensor, weights: Tensor, vectors: Tensor) -> None:
+    """Add ``weights[j, k] * vectors[j]`` to ``table[rows[j, k]]`` for all j and k, by one sparse product.
+
+    Args:
+        table: [n, d], changed in place; not much longer than there are rows, for the product passes over it as well.
+        rows: [m, k] row numbers; repeats add up.
+        weights: [m, k].
+        vectors: [m, d].
+    """
+    from scipy.sparse import csc_array
+
+    ends = np.arange(0, rows.numel() + 1, rows.shape[1])  # a column for each vector, and in it the weights of the rows
+    columns = csc_array((weights.flatten().numpy(), rows.flatten().numpy(), ends), (len(table), len(rows)))
+    table += torch.from_numpy(columns @ vectors.numpy())
 
 
 def in_cache(*parts: Tensor) -> list[tuple[Tensor, ...]]:

@@ -16,7 +16,6 @@ import torch.nn.functional as F  # noqa: N812
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedrec.errors import FedrecError
 from fedrec.random import Key
 
 _STRIDES = (40503, -1640531535, 1013904243)
@@ -26,23 +25,14 @@ class Moving(nn.Parameter):
     """A parameter of each person's own, [b, ...], that a backward pass may move by its gradient where that is made.
 
     A product that adds to the weights costs less than one that is written, read again and added. `linear` does that,
-    and no gradient comes back; of other layers it does. For a loss scaled by minus the learning rate the gradient is
-    the move.
+    and no gradient comes back, unless another place reads the same weights; of other layers it does. For a loss scaled
+    by minus the learning rate the gradient is the move.
+
+    Attributes:
+        uses: how many linear layers have read it; a fresh one is made for each step.
     """
 
-    taken = False
-
-    def claim(self) -> None:
-        """Note that a layer has used it.
-
-        Raises:
-            FedrecError: a second layer would read numbers that the first one moves.
-        """
-        if self.taken:
-            raise FedrecError(
-                "A linear layer ran twice in one step of training; give each place a layer of its own."
-            )
-        self.taken = True
+    uses = 0
 
 
 def normal_rows(key: Key, first: int, last: int, dim: int, std: float) -> Float[Tensor, "n dim"]:
@@ -108,7 +98,7 @@ def linear(
         shared: Tensor = _SharedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return shared
     if isinstance(weight, Moving) and isinstance(bias, Moving):
-        weight.claim()
+        weight.uses += 1
         own: Tensor = _MovingLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return own
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
@@ -256,11 +246,13 @@ class _MovingLinear(torch.autograd.Function):
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         (out,) = gradients
         (x,) = ctx.saved_tensors
         weight, bias = ctx.own
         dx = torch.bmm(out, weight)
+        if weight.uses > 1:  # the other places still need the numbers that all of them went forward by
+            return dx, torch.bmm(out.transpose(1, 2), x), out.sum(1)
         weight.baddbmm_(out.transpose(1, 2), x)
         bias.add_(out.sum(1))
         return dx, None, None

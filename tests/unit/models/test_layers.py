@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.func import vmap
 
-from fedrec.models.layers import normal, normal_rows, seeded_dropout
+from fedrec.models.layers import Moving, linear, normal, normal_rows, seeded_dropout
 from fedrec.random import Key
 
 KEY = Key.from_seed(4)
@@ -91,3 +91,21 @@ def test_the_mask_of_a_seed_never_changes() -> None:
     """Written down from this code when the package began: a resumed run must drop what it would have dropped."""
     kept = seeded_dropout(torch.ones(1, 3, 8), 0.5, torch.tensor([123456]), 2)[0] > 0
     assert ["".join("01"[int(cell)] for cell in row) for row in kept] == ["10111101", "00110010", "11010000"]
+
+
+def test_a_moving_layer_moves_by_its_gradient_unless_another_place_reads_the_same_weights() -> None:
+    x, weight, bias = torch.randn(3, 5, 4), torch.randn(3, 6, 4), torch.randn(3, 6)
+    leaves = [part.clone().requires_grad_() for part in (x, weight, bias)]
+    expected = torch.autograd.grad((linear(*leaves) ** 2).sum(), leaves)
+    own, inputs = [Moving(weight.clone()), Moving(bias.clone())], x.clone().requires_grad_()
+    found = torch.autograd.grad((linear(inputs, *own) ** 2).sum(), [inputs, *own], allow_unused=True)
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1:] == (None, None)
+    torch.testing.assert_close(own[0].detach() - weight, expected[1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(own[1].detach() - bias, expected[2], rtol=1e-4, atol=1e-4)
+    twice = torch.autograd.grad((linear(linear(leaves[0], *leaves[1:])[..., :4], *leaves[1:]) ** 2).sum(), leaves)
+    own, inputs = [Moving(weight.clone()), Moving(bias.clone())], x.clone().requires_grad_()
+    found = torch.autograd.grad((linear(linear(inputs, *own)[..., :4], *own) ** 2).sum(), [inputs, *own])
+    for one, other in zip(found, twice, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(own[0].detach(), weight)
