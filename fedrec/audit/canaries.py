@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fedrec.client.pool import ClientPool
 from fedrec.data.slices import LastWindow, TimeWindow
 from fedrec.evaluation.asked import cooccurrence_shapes
+from fedrec.evaluation.metrics import private_names, private_norm
 from fedrec.params import Array, Params
 from fedrec.privacy import clip
 from fedrec.protocol.plan import RoundPlan
@@ -43,6 +44,7 @@ class Asked:
         spots: where each canary's one number stands in what is released; a canary without a spot is silent.
         known: [m] what all real people contributed at that spot: the auditor knows everybody else.
         sent: [m] what the node's whole sum holds there.
+        within: how many of the node's clients say that they needed no clipping, less half of all.
     """
 
     task: str
@@ -53,6 +55,7 @@ class Asked:
     spots: Spots
     known: Floats
     sent: Floats
+    within: float = 0.0
 
     @property
     def speaks(self) -> Bools:
@@ -67,7 +70,7 @@ class Asked:
         if (self.task, self.plan) != (other.task, other.plan):
             return other
         there, known, sent = self.there | other.there, self.known + other.known, self.sent + other.sent
-        return replace(self, there=there, known=known, sent=sent)
+        return replace(self, there=there, known=known, sent=sent, within=self.within + other.within)
 
     def read(self, released: Params) -> Floats:
         """Return [m] the released numbers at the canaries' spots; 0 for silent canaries."""
@@ -77,9 +80,9 @@ class Asked:
 class CanaryPool:
     """A `ClientPool` with canaries beside the real people; each sends all that it may in one number of the sum.
 
-    A canary is eligible in every window of training; when metrics are asked for it says nothing. No two canaries share
-    a number, so that none hides another (their directions are orthogonal); where there are more canaries than numbers
-    the rest is silent.
+    A canary is eligible in the windows it is given; when exact metrics are asked for it says nothing. No two canaries
+    share a number, so that none hides another (their directions are orthogonal); where there are more canaries than
+    numbers the rest is silent.
 
     Attributes:
         included: [m] which canaries are in the pool at all; only the auditor knows.
@@ -103,7 +106,7 @@ class CanaryPool:
             inner: the real people.
             included: [m] which canaries take part in the run.
             key: decides the canaries' spots.
-            training: the windows in which canaries are eligible.
+            training: the windows in which canaries are eligible; also those of tests if metrics are private.
             told: is told what the node knows, before anybody gets a sum; once for each client where sums are masked.
         """
         self.included = included
@@ -128,7 +131,7 @@ class CanaryPool:
         self.plans.setdefault(plan.task.kind, plan)
         n = self._n_inner[plan.task.window]
         people = self._inner.run(replace(plan, slots=plan.slots[plan.slots < n]))
-        if isinstance(plan.task, EvaluateTask):
+        if isinstance(plan.task, EvaluateTask) and not plan.task.private:
             return people
         there = np.zeros(len(self.included), np.bool_)
         there[self._present[plan.slots[plan.slots >= n] - n]] = True
@@ -136,14 +139,16 @@ class CanaryPool:
         if isinstance(plan.task, FitTask) and plan.task.turn is not None:
             turn = plan.task.turn.taken(FIRST_ID + np.arange(len(there), dtype=np.int64))
             there &= turn
-        sums = {name: np.zeros(shape, np.float32) for name, shape in _shapes(plan).items()}
+        kind = np.float64 if isinstance(plan.task, EvaluateTask) else np.float32
+        sums: dict[str, Array] = {name: np.zeros(shape, kind) for name, shape in _shapes(plan).items()}
         for name, value in people.sums.items():
             sums[name] += value
         asked = self._add(plan, sums, there, turn)
-        self._told(asked)
         spoke = there & asked.speaks
         # Half of them say that they were clipped, so that a clip norm that is learnt stays where people hold it.
         clipped = people.stats.get("clipped", 0.0) + float(spoke[::2].sum())
+        n_clients = people.n_clients + int(spoke.sum())
+        self._told(replace(asked, within=n_clients / 2 - clipped))
         return Tally(sums, people.n_clients + int(spoke.sum()), {**people.stats, "clipped": clipped})
 
     def _add(self, plan: RoundPlan, sums: dict[str, Array], there: Bools, turn: Bools) -> Asked:
@@ -197,6 +202,8 @@ def _shapes(plan: RoundPlan) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, (shape, _) in cooccurrence_shapes(task, plan.n_items, rank).items()}
     if isinstance(task, CountTask):
         return {"counts": (plan.n_items,)}
+    if isinstance(task, EvaluateTask):
+        return {"metrics": (len(private_names(task.ks)) + 1,)}
     return {name: value.shape for name, value in plan.params.items()}
 
 
@@ -213,4 +220,6 @@ def _bound(plan: RoundPlan) -> float:
     """Return the norm that one client's contribution may have; where there is no bound, 1."""
     if isinstance(plan.task, FitTask):
         return plan.task.local.clip_norm
+    if isinstance(plan.task, EvaluateTask):
+        return private_norm(plan.task.ks)
     return (isinstance(plan.task, CountTask) and plan.task.clip_norm) or 1.0

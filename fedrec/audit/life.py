@@ -41,12 +41,14 @@ class Release:
         event: what was paid.
         rate: probability with which each eligible person was asked.
         noised: the sum with its noise.
+        within: the noised count of updates within the clip norm, less half of all, where the clip norm is learnt.
     """
 
     name: str
     event: AnyEvent
     rate: float
     noised: Params
+    within: float | None = None
 
 
 Ear = Callable[[Release], None]
@@ -58,10 +60,13 @@ class OverheardGuard(Guard):
 
     ear: Ear = lambda release: None
 
-    def told(self, charge: Charge, rate: float, expected_cohort: float, released: Params) -> None:
+    def told(
+        self, charge: Charge, rate: float, expected_cohort: float, released: Params, share: float | None = None
+    ) -> None:
         """Tell the ear."""
         sums = {name: value.astype(np.float64) * expected_cohort for name, value in released.items()}
-        self.ear(Release(charge.entry.name, charge.entry.event, rate, sums))
+        within = None if share is None else (share - 0.5) * expected_cohort
+        self.ear(Release(charge.entry.name, charge.entry.event, rate, sums, within))
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,9 @@ def auditable(experiment: Experiment) -> None:
     """Raise `PrivacyError` if the experiment has a mode that an audit cannot attack."""
     if not isinstance(experiment.privacy, NoPrivacy | UserLevelPrivacy):
         raise PrivacyError(
-            f'fedrec audit attacks privacy of the user; privacy.mode "{experiment.privacy.mode}" is not.'
+            'fedrec audit attacks what a server releases of many people; in privacy.mode "local" each client adds its '
+            "own noise and pays from its own ledger, which nothing attacks yet; `fedrec privacy plan` tells what a "
+            "client claims."
         )
 
 

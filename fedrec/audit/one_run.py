@@ -47,6 +47,7 @@ class Heard:
         clip_norm: C.
         event: what was paid; None where nothing was.
         rate: probability with which each eligible person was asked.
+        count_noise: noise of the count of updates within the clip norm, in people; None where nothing is counted.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Heard:
     clip_norm: float
     event: AnyEvent | None
     rate: float
+    count_noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Recording:
 
     @property
     def unheard(self) -> tuple[str, ...]:
-        """What was paid for and not attacked: metrics, and rounds without anybody."""
+        """What was paid for and not attacked: rounds without anybody, metrics of windows of validation."""
         heard = {one.name for one in self.heard}
         paid = () if self.life.ledger is None else self.life.ledger.entries()
         return tuple(entry.name for entry in paid if entry.name not in heard)
@@ -103,15 +105,28 @@ class _Listener:
     def release(self, release: Release) -> None:
         asked, self._asked = self._asked, None
         if asked is None or not asked.spots.keys() <= release.noised.keys():
-            return  # metrics, which canaries are not asked for, or a round without anybody
-        self._hear(release.name, asked, asked.read(release.noised), release.event, release.rate)
+            return  # a round without anybody
+        if asked.task == "evaluate" and not asked.there.any():
+            return  # metrics of a window in which no canary is eligible
+        count = None if release.within is None else release.within - asked.within
+        self._hear(release.name, asked, asked.read(release.noised), release.event, release.rate, count)
 
-    def _hear(self, name: str, asked: Asked, out: Floats, event: AnyEvent | None, rate: float) -> None:
+    def _hear(
+        self,
+        name: str,
+        asked: Asked,
+        out: Floats,
+        event: AnyEvent | None,
+        rate: float,
+        count_noise: float | None = None,
+    ) -> None:
         seen, noise, influence = (
             part / asked.clip_norm for part in (out - asked.known, out - asked.sent, asked.sent - asked.known)
         )
         who = asked.there, asked.turn, asked.speaks
-        self.heard.append(Heard(name, asked.task, seen, noise, influence, *who, asked.clip_norm, event, rate))
+        self.heard.append(
+            Heard(name, asked.task, seen, noise, influence, *who, asked.clip_norm, event, rate, count_noise)
+        )
 
 
 def record(
@@ -136,6 +151,8 @@ def record(
     listener = _Listener(experiment.privacy.mode != "none")
     inner = LogPool(dataset.log, dataset.catalog, engine=experiment.runtime.engine)
     windows = [time_slice.train for time_slice in slices]
+    if getattr(experiment.privacy, "metrics", "research") == "private":
+        windows += [time_slice.test for time_slice in slices]
     pool = CanaryPool(inner, included, key.child("spots"), windows, listener.told)
     n_people = people_of(*resolve(dataset.log, slices[0].train))
     life = live(experiment, dataset.catalog, slices, pool, n_people, listener.release, observe)
@@ -215,12 +232,21 @@ def measured_epsilon(heard: Sequence[Heard], included: Bools, delta: float, conf
 
 
 def _measured_rounds(members: list[Heard], included: Bools, level: float) -> tuple[float, float, int]:
-    """Return the noise multiplier at most, the rate at least, and how many releases with independent noise it were."""
+    """Return the noise multiplier at most, the rate at least, and how many releases with independent noise it were.
+
+    Where updates within the clip norm are counted too, a person moves the count by one half, and the two releases cost
+    what one of multiplier z does with ``1 / z^2 = 1 / z_sum^2 + 1 / (2 count_noise)^2``.
+    """
     changed = max(float(np.abs(one.influence).max(initial=0.0)) for one in members)
+    counted = np.array([one.count_noise for one in members if one.count_noise is not None])
+    level /= 2 if len(counted) else 1
     noise = noise_at_most(np.concatenate([one.noise[one.speaks] for one in members]), level)
     asked = sum(int(one.there[included].sum()) for one in members)
     could = len(members) * int(included.sum())
     rate = 1.0 if asked == could else share_interval(asked, could, 1.0 - 2.0 * level)[0]
+    if len(counted):
+        of_count = 2.0 * noise_at_most(counted, level)
+        changed = math.hypot(changed, noise / max(of_count, 1e-9))
     return (noise / changed if changed else math.inf), rate, len(members)
 
 

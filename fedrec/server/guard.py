@@ -84,7 +84,9 @@ class Guard:
         """Return the noise of a charge."""
         return SecureNoise() if self.root is None else SeededNoise(secret.child("noise"))
 
-    def told(self, charge: Charge, rate: float, expected_cohort: float, released: Params) -> None:
+    def told(
+        self, charge: Charge, rate: float, expected_cohort: float, released: Params, share: float | None = None
+    ) -> None:
         """Do nothing: an auditor's guard listens here to every release of a sum, see `fedrec.audit`."""
 
 

@@ -78,7 +78,7 @@ def _adaptive(
     within = got.n_clients - got.stats.get("clipped", 0.0)
     total, noise = got.sums or zeros(ask.shapes), guard.noise(secret)
     mean, share = mechanism.noised(total, within, got.n_clients, expected_cohort, charge, noise)
-    guard.told(charge, rate, expected_cohort, mean)
+    guard.told(charge, rate, expected_cohort, mean, share)
     return replace(got, sums=mean, stats={}), next_clip_norm(settings, mechanism.clip_norm, share)
 
 

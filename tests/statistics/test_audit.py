@@ -12,8 +12,10 @@ import pytest
 from fedrec.audit.one_run import Recording, canary_bound, measured_epsilon, record, repeated_noise
 from fedrec.config import Experiment
 from fedrec.errors import RunError
+from fedrec.evaluation.metrics import private_names
 from fedrec.params import norm, scale
 from fedrec.privacy import clip
+from fedrec.privacy.adaptive import AdaptiveMechanism
 from fedrec.privacy.discrete import ClientNoise
 from fedrec.privacy.events import GaussianEvent
 from fedrec.privacy.ledger import PrivacyLedger
@@ -104,8 +106,48 @@ def test_a_run_that_learns_its_clip_norm_keeps_its_claim() -> None:
     guessed, measured = bounds(found)
     assert len({one.clip_norm for one in found.heard if one.task == "fit"}) > 4
     assert guessed <= claimed(found)
-    # The count beside the sum costs a part of the budget, and canaries do not see it.
+    # Eight noised counts tell their noise only roughly.
     assert 0.5 < measured <= claimed(found)
+
+
+def test_the_count_of_a_learnt_clip_norm_is_attacked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without noise on the count the sum still has some, and a round costs more than was charged."""
+    sound = AdaptiveMechanism.noised
+
+    def bare(self: AdaptiveMechanism, total: Any, within: float, n: int, cohort: float, *rest: Any) -> Any:
+        mean, _ = sound(self, total, within, n, cohort, *rest)
+        return mean, (within - n / 2) / cohort + 0.5
+
+    monkeypatch.setattr(AdaptiveMechanism, "noised", bare)
+    found = heard(learnt())
+    assert bounds(found)[1] > claimed(found)
+
+
+def scored(**privacy: Any) -> Experiment:
+    return statistics(metrics="private", **privacy)
+
+
+def test_metrics_are_attacked_too_and_keep_the_claim() -> None:
+    found = heard(scored())
+    metrics = [one for one in found.heard if one.task == "evaluate"]
+    assert len(metrics) > 1
+    assert not found.unheard
+    for one in metrics:
+        assert one.speaks.sum() == len(private_names(scored().evaluation.ks)) + 1
+        assert np.allclose(one.influence, np.where(one.there & one.speaks, 1.0, 0.0), atol=1e-6)
+    guessed, measured = bounds(found)
+    assert guessed <= claimed(found)
+    assert 0.5 < measured <= claimed(found)
+
+
+def test_metrics_without_noise_are_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = GaussianMechanism.noised
+
+    def noised(self: GaussianMechanism, total: Any, *rest: Any) -> Any:
+        return dict(total) if "metrics" in total else sound(self, total, *rest)
+
+    monkeypatch.setattr(GaussianMechanism, "noised", noised)
+    assert bounds(heard(scored()))[1] == math.inf
 
 
 def test_turns_are_taken_by_canaries_too() -> None:

@@ -133,7 +133,7 @@ def test_the_table_prints_claims_beside_findings(
 
 
 def test_modes_that_cannot_be_attacked_are_refused() -> None:
-    with pytest.raises(PrivacyError, match='"local" is not'):
+    with pytest.raises(PrivacyError, match=r'in privacy\.mode "local" each client'):
         auditable(cast(Experiment, SimpleNamespace(privacy=SimpleNamespace(mode="local"))))
 
 
