@@ -50,6 +50,7 @@ QUIET = {
 UNKNOWN = "the server does not know this node's key"
 TRIES, PAUSE_SECONDS = 4, 10.0
 """A server registers keys when it starts; who comes a moment earlier is not refused for good."""
+MOST_APART_SECONDS = 60.0
 REASONS = {
     "Failed to activate SuperNode": f"{UNKNOWN}; register it there with `fedrec server add-node`",
     "certificate has expired": "the server's certificate has expired; make a new one there with `fedrec server renew`",
@@ -299,7 +300,7 @@ def reason(heard: list[str], settings: NodeSettings) -> str:
     text = "\n".join(heard)
     for words, meaning in REASONS.items():
         if words in text:
-            return f"{settings.server}: {meaning}."
+            return f"{settings.server}: {meaning}" + ("" if meaning.endswith("?") else ".")
     return f"Flower said: {' '.join(line.strip() for line in heard if line.strip())[-300:]}"
 
 
@@ -343,8 +344,36 @@ def checkup(folder: Path) -> list[Finding]:
         look("data", hosted, f"correct 'data', 'stores', 'gateway' or 'catalog' in '{path}'"),
         port_answers(settings.server),
         look("certificate", lambda: _vouched(settings, path.parent / settings.ca)),
+        look("clock", lambda: _clock_beside(settings, path.parent / settings.ca), "set the clock, keep it with NTP"),
         disk(path.parent),
     ]
+
+
+def _clock_beside(settings: NodeSettings, ca: Path) -> str:
+    """Say how far the clock is from the server's, for Flower takes a node's time stamp for five minutes.
+
+    Raises:
+        RunError: too far, or the server does not answer.
+    """
+    import urllib.request
+    from email.utils import parsedate_to_datetime
+    from urllib.error import HTTPError
+
+    request = urllib.request.Request(f"https://{settings.server}/health")
+    try:
+        context = ssl.create_default_context(cafile=str(ca))
+        try:
+            with urllib.request.urlopen(request, timeout=5, context=context) as reply:
+                shown = reply.headers["Date"]
+        except HTTPError as error:  # a proxy hides the page, and shows its clock all the same
+            shown = error.headers["Date"]
+            error.close()
+        apart = abs(parsedate_to_datetime(str(shown)).timestamp() - time.time())
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError("The server's clock cannot be read; see there") from error
+    if apart > MOST_APART_SECONDS:
+        raise RunError(f"{apart:.0f} s from the server's clock")
+    return f"{apart:.0f} s from the server's"
 
 
 def _vouched(settings: NodeSettings, ca: Path) -> str:

@@ -142,6 +142,11 @@ def test_who_does_not_belong_is_refused_with_the_reason(
     address = folder.server_address
     assert f"fedrec: The node was stopped: {address}: the server does not know this node's key" in result.stderr
 
+    seen = fedrec("doctor", stranger, root=root)
+    assert "ok   clock: " in seen.stdout
+    assert "s from the server's" in seen.stdout
+    assert seen.returncode == 0, seen.stdout
+
     with pytest.raises(OSError):  # plain text gets no answer
         urllib.request.urlopen(f"http://{address}/health", timeout=5)
 
