@@ -14,7 +14,7 @@ from fedrec.data.features import FeatureSettings
 from fedrec.data.slices import LastWindow, TimeWindow
 from fedrec.errors import ConfigError, nearest
 from fedrec.models.configs import TrainedConfig
-from fedrec.models.transfer import DistilConfig, DriftConfig, RehearsalConfig, StudentConfig
+from fedrec.models.transfer import DistilConfig, DriftConfig, RehearsalConfig, StudentConfig, TiersConfig
 from fedrec.privacy.settings import NoPrivacy, Privacy
 from fedrec.protocol.codec import Codec, Float, Plain
 from fedrec.protocol.task import CooccurrenceSettings, CooccurrenceTask, LocalTraining
@@ -241,6 +241,8 @@ class TrainingConfig(_Settings):
     """Teach the model on synthetic histories after the rounds of each slice, at no cost of privacy."""
     student: StudentConfig | None = None
     """Publish a small recommender for devices beside each release, taught by it."""
+    tiers: TiersConfig | None = None
+    """Let small devices train a small model; it needs `distil` and `student`."""
     rehearsal: RehearsalConfig | None = None
     """Rehearse synthetic histories on the server, against forgetting, at no cost of privacy."""
     drift: DriftConfig | None = None

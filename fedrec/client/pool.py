@@ -120,6 +120,8 @@ class LogPool:
         chosen = self._planned(plan)
         if isinstance(plan.task, FitTask) and plan.task.turn is not None:
             chosen = chosen.take(plan.task.turn.taken(chosen.ids))
+        if isinstance(plan.task, FitTask) and plan.task.tier is not None:
+            chosen = chosen.take(plan.task.tier.taken(chosen.ids))
         if not len(chosen):
             return Tally({}, 0, {})
         if isinstance(plan.task, FitTask | FisherTask):

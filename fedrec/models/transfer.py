@@ -85,6 +85,17 @@ class StudentConfig(_Settings):
         )
 
 
+class TiersConfig(_Settings):
+    """Small devices train the device student's model, large ones the release's; each teaches the other every slice."""
+
+    share: float = Field(default=0.5, gt=0, lt=1)
+    """Which part of the people have small devices; who does is a public device class, in a simulation a hash."""
+    weight: float = Field(default=0.5, ge=0)
+    """Weight of the small model among the teachers of the large one."""
+    own: float = Field(default=0.5, ge=0)
+    """Weight of the small model itself, beside the release with weight 1, when it is taught."""
+
+
 class RehearsalConfig(_Settings):
     """In later slices, a share of each round's update is learnt from synthetic histories of the release before."""
 

@@ -65,6 +65,25 @@ class Turn(_Settings):
         return drawn
 
 
+class Tier(_Settings):
+    """Which class of devices takes part: the small ones, or all others. The class is public.
+
+    In a simulation it is a hash of the key and of the client's own number.
+    """
+
+    small: bool
+    """Whether the small devices are asked."""
+    share: float = Field(gt=0, lt=1)
+    """Which part of the people have small ones."""
+    key: str = Field(pattern="^[0-9a-f]{64}$")
+    """Of the hash; the same for the whole life."""
+
+    def taken(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which of the clients belong to it: [c] numbers that name the clients -> [c]."""
+        drawn: NDArray[np.bool_] = (Key.from_hex(self.key).uniforms(ids, 1)[:, 0] < self.share) == self.small
+        return drawn
+
+
 class FitTask(_Settings):
     """Train a copy of the model on the interactions in the window; contribute new minus old parameters."""
 
@@ -73,6 +92,8 @@ class FitTask(_Settings):
     local: LocalTraining = LocalTraining()
     turn: Turn | None = None
     """Only those of the planned clients take part whose turn it is; None: all of them."""
+    tier: Tier | None = None
+    """Only devices of this class take part; None: all."""
     private: LocalNoise | None = None
     """Noise that the client itself adds before anything leaves it; None: it sends its exact update."""
 

@@ -52,6 +52,7 @@ from fedrec.server.spectral import added, grown_statistic, projected, spectral_p
 from fedrec.server.state import ServerState
 from fedrec.server.student import device_student
 from fedrec.server.teach import prior_config, taught
+from fedrec.server.tiers import begun, small_round, tier_of
 
 MOST_EVIDENCE = 1e4
 """Beyond what one person adds to any number of the co-occurrence statistic."""
@@ -124,7 +125,8 @@ def run_stream(
     """
     whole = recipe.guard
     for time_slice in slices[state.slice :]:
-        recipe = replace(recipe, guard=None if whole is None else whole.at(time_slice.index))
+        guard = None if whole is None else whole.at(time_slice.index)
+        recipe = replace(recipe, guard=guard, tier=tier_of(recipe.experiment, small=False))
         desk.due(time_slice)
         if time_slice.index and state.counted == time_slice.index:
             state = weighed(state, link, slices[time_slice.index - 1], recipe)
@@ -136,6 +138,8 @@ def run_stream(
         if isinstance(recipe.experiment.model, BlendConfig):
             state = adopted(state, recipe.experiment.model, time_slice, allowed, recipe)
         student = _student(state, time_slice, recipe)
+        if student is not None and recipe.experiment.training.tiers is not None:
+            state = state.advanced(small=student.params)
         verdict = _verdict(state, allowed, time_slice, recipe, desk.registry, student)
         state = _blamed(state, verdict["offenders"], recipe, desk)
         verdict["seconds"] = round(recipe.clock() - began, 3)
@@ -155,11 +159,12 @@ def _learn(state: ServerState, link: Link, time_slice: TimeSlice, recipe: Recipe
     desk.observe(Event("slice", record))
     if state.counted == time_slice.index:
         counted = roster if time_slice.fit is None else take_census(allowed, time_slice.train, recipe)
-        state = _begin(state, allowed, time_slice, recipe, counted, desk)
+        state = begun(_begin(state, allowed, time_slice, recipe, counted, desk), time_slice, recipe)
     for number in range(state.round, stage.rounds):
         allowed = trusted(link, state, recipe.experiment)
         if set(allowed.nodes()) != {node for node, _, _ in roster.nodes}:
             roster = take_census(allowed, time_slice.fit or time_slice.train, recipe)
+        state = small_round(state, allowed, recipe, time_slice, roster)
         before = state
         state, record = run_round(state, allowed, recipe, time_slice, roster)
         desk.observe(Event("round", record))
@@ -325,7 +330,10 @@ def _student(state: ServerState, time_slice: TimeSlice, recipe: Recipe) -> Stude
     if settings is None:
         return None
     key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "student")
-    return device_student(model, release_of(state, model), state.counts["counts"], settings, time_slice.n_items, key)
+    tiers = recipe.experiment.training.tiers
+    own = 0.0 if tiers is None else tiers.own
+    released, counts = release_of(state, model), state.counts["counts"]
+    return device_student(model, released, counts, settings, time_slice.n_items, key, state.small or None, own)
 
 
 def _verdict(

@@ -23,7 +23,7 @@ from fedrec.params import Params
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.tally import Tally
-from fedrec.protocol.task import FitTask, Turn
+from fedrec.protocol.task import FitTask, Tier, Turn
 from fedrec.random import Key
 from fedrec.server import optimizer
 from fedrec.server.anchor import item_means, pulled
@@ -51,6 +51,7 @@ class Recipe:
         clock: seconds, for measuring how long a round takes.
         guard: ledger and noise of a run that is private at user level.
         local: what is asked of clients that trust nobody.
+        tier: which class of devices the rounds ask; None: all.
         vectors: [n, d] public vectors of all items of the catalogue, for models that know items by their text.
     """
 
@@ -59,6 +60,7 @@ class Recipe:
     clock: Clock
     guard: Guard | None = None
     local: LocalMode | None = None
+    tier: Tier | None = None
     vectors: NDArray[np.float32] | None = None
 
 
@@ -116,6 +118,7 @@ def run_round(
         window=time_slice.fit or time_slice.train,
         local=local,
         turn=turn_of(recipe.experiment, time_slice.index, state.round),
+        tier=recipe.tier,
         private=None if mode is None else mode.fit,
     )
     shapes = {name: (value.shape, value.dtype) for name, value in learnt.items()}

@@ -38,6 +38,7 @@ from fedrec.server.signed import SignedLink
 from fedrec.server.state import ServerState
 from fedrec.server.student import check_student
 from fedrec.server.teach import check_distil
+from fedrec.server.tiers import check_tiers
 
 MOST_PAIRED = 8_192
 """Items of which a statistic of all pairs is still gathered: 134 MB."""
@@ -144,6 +145,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     _check_statistics(experiment, dataset)
     check_distil(experiment)
     check_drift(experiment)
+    check_tiers(experiment)
     check_student(experiment, cut(experiment, dataset)[0].n_items)
     if isinstance(experiment.privacy, UserLevelPrivacy):
         planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)

@@ -16,6 +16,7 @@ from fedrec.random import Key
 
 _TENSORS = (
     "params", "average", "memory", "counts", "statistic", "anchor", "prior", "fisher", "teacher", "study", "memories",
+    "small", "small_memory",
 )  # fmt: skip
 
 
@@ -43,6 +44,8 @@ class ServerState:
         prior: parameters of a blend's spectral part, made from `statistic`.
         study: while the slice is distilled: "fitted:" parameters as the rounds left them, "memory:" of the optimizer.
         memories: synthetic histories that the slice rehearses; empty in the first, or if training wants none.
+        small: the parameters that small devices train; empty where there are no tiers.
+        small_memory: the state of their optimizer.
         lesson: how far the slice is distilled, from whom; empty before.
         adoption: how far a blend's fitted part was adopted in this slice, and what was tried.
         clip_norm: of the next round, where it is learnt; None where it is fixed.
@@ -71,6 +74,8 @@ class ServerState:
     teacher: Params = field(default_factory=dict)
     study: Params = field(default_factory=dict)
     memories: Params = field(default_factory=dict)
+    small: Params = field(default_factory=dict)
+    small_memory: Params = field(default_factory=dict)
     adoption: Mapping[str, Any] = field(default_factory=dict)
     lesson: Mapping[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None

@@ -57,9 +57,16 @@ def check_student(experiment: Experiment, n_items: int) -> None:
 
 
 def device_student(
-    model: AnyModelConfig, params: Params, counts: Array, settings: StudentConfig, n_items: int, key: Key
+    model: AnyModelConfig,
+    params: Params,
+    counts: Array,
+    settings: StudentConfig,
+    n_items: int,
+    key: Key,
+    trained: Params | None = None,
+    own: float = 0.0,
 ) -> Student:
-    """Teach a fresh student what a release says.
+    """Teach a student what a release says.
 
     Args:
         model: the release's settings.
@@ -68,6 +75,8 @@ def device_student(
         settings: the student's form and how it is taught.
         n_items: size of the catalogue.
         key: where all randomness comes from.
+        trained: parameters that small devices trained, to begin with; None: it is fresh.
+        own: how much it then listens to what it was, beside the release with weight 1.
     """
     release = restore(model, n_items, params)
     first = first_shares(counts)
@@ -81,9 +90,12 @@ def device_student(
         Source(release, temperature), first, settings.histories, settings.length, key.child("histories")
     )
     student = build(settings.model, n_items, key.child("student"))
-    set_params(student, begun(student, release, histories[:512], counts))
-    teacher = Teacher("release", release, 1.0, everything, temperature)
-    student, losses = distilled(student, [teacher], histories, key, settings.lessons())
+    set_params(student, trained or begun(student, release, histories[:512], counts))
+    teachers = [Teacher("release", release, 1.0, everything, temperature)]
+    if trained and own:
+        before = restore(settings.model, n_items, trained)
+        teachers.append(Teacher("itself", before, own, everything, _temperature(before, probe, settings.entropy)))
+    student, losses = distilled(student, teachers, histories, key, settings.lessons())
     found = get_params(student)
     own, whole = named.n_bytes(found), named.n_bytes(params)
     facts = {

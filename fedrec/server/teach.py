@@ -149,6 +149,9 @@ def _models(
     prior = prior_config(experiment)
     if prior is not None and state.prior and settings.statistic:
         found["statistic"] = (restore(prior, n, state.prior), settings.statistic, reliability(state.statistic, n))
+    tiers, student = experiment.training.tiers, experiment.training.student
+    if tiers is not None and student is not None:
+        found["small"] = (restore(student.model, n, state.small), tiers.weight, everything)
     if state.parent is not None:
         before = registry.load(state.parent)
         model: AnyModelConfig = experiment.model
@@ -208,7 +211,7 @@ def transfer_set(
     wanted = settings.transfer
     sources: dict[str, Source] = {one.name: Source(one.model, one.temperature, one.known) for one in teachers}
     sources["popularity"] = Source(None)
-    weights = {name: getattr(wanted, name) for name in sources}
+    weights = {name: getattr(wanted, name, 0.0) for name in sources}
     total = sum(weights.values())
     first, parts, left = first_shares(state.counts["counts"]), [], wanted.histories
     for place, (name, weight) in enumerate(weights.items()):

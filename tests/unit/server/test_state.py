@@ -15,7 +15,19 @@ from fedrec.server.files import load_checkpoint, save_checkpoint
 from fedrec.server.state import ServerState
 from tests.support import same_bytes, small_experiment
 
-TENSORS = ("params", "average", "memory", "counts", "statistic", "anchor", "prior", "study")
+TENSORS = (
+    "params",
+    "average",
+    "memory",
+    "counts",
+    "statistic",
+    "anchor",
+    "prior",
+    "study",
+    "memories",
+    "small",
+    "small_memory",
+)
 
 
 def full_state() -> ServerState:

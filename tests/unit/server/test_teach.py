@@ -12,6 +12,7 @@ from fedrec.config import Experiment
 from fedrec.errors import ConfigError
 from fedrec.server.lifelong import Desk, run_stream
 from fedrec.server.registry import Registry
+from fedrec.server.release import Student
 from fedrec.server.round import Recipe
 from fedrec.server.run import cut
 from fedrec.server.state import ServerState
@@ -95,6 +96,7 @@ def copied(source: Path, target: Path, n_releases: int) -> None:
         new.publish(
             one.params, one.catalog, run=m.run, slice=m.slice, parent=m.parent, model=m.model, experiment=m.experiment,
             experiment_digest=m.experiment_digest, metrics=m.metrics, privacy=m.privacy, lesson=m.lesson,
+            student=None if m.student is None else Student(m.student["model"], one.student or {}, m.student["facts"]),
         )  # fmt: skip
 
 
