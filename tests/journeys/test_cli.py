@@ -241,7 +241,9 @@ def test_a_read_only_place_is_one_sentence_before_any_work(project: Path, tiny_d
 def test_an_interrupt_leaves_something_to_resume_and_says_so(tmp_path: Path) -> None:
     toml = small_project(tmp_path, training__base__rounds=100_000, split__later=0)
     # Whoever starts the tests in the background of a shell has them ignore interrupts, and their children with them.
-    heeding = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    heeding = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", heeding, str(FEDREC), "simulate", str(toml)],
         cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
