@@ -105,8 +105,8 @@ class Trained:
             totals[name] += (weight @ flat).view(part.shape[1:])
         for name, part in self.sparse.items():
             if part.dim() == 3 and len(totals[name]) <= self.rows.numel() and not out.any():
-                each = weight[:, None].expand_as(self.rows).reshape(-1, 1)
-                add_columns(totals[name], self.rows.reshape(-1, 1), each, part.flatten(0, 1))
+                columns = weight[:, None].expand_as(self.rows).reshape(-1, 1)
+                add_columns(totals[name], self.rows.reshape(-1, 1), columns, part.flatten(0, 1))
                 continue
             for values, rows, w, gone in zip(*in_cache(part, self.rows, weight, out), strict=True):
                 each = (-1, *[1] * (part.dim() - 1))
