@@ -153,6 +153,7 @@ def recommend(
     release: Annotated[str, typer.Option("--release", help="A version, or 'latest' (the promoted one).")] = "latest",
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items.")] = 10,
     student: Annotated[bool, typer.Option("--student", help="Ask the release's small student for devices.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say what each score is made of.")] = False,
     registry: RegistryOption = Path("runs/registry"),
     as_json: JsonOption = False,
 ) -> None:
@@ -163,7 +164,7 @@ def recommend(
 
     loaded = Registry(registry).load(int(release) if release.isdecimal() else release)
     ids = [item.strip() for item in history.split(",") if item.strip()]
-    found = serve(loaded, ids, k, student)
+    found = serve(loaded, ids, k, student, why=explain)
     document: dict[str, Any] = {
         "release": loaded.version,
         "student": student,
@@ -180,8 +181,13 @@ def recommend(
     table = Table(title=f"Release {loaded.version} recommends", title_justify="left")
     for name, justify in (("", "right"), ("id", "right"), ("title", "left"), ("genres", "left"), ("score", "right")):
         table.add_column(name, justify="right" if justify == "right" else "left")
+    if explain:
+        table.add_column("because of")
+    titles = dict(zip(ids, found.history_titles, strict=True))
     for item in found.items:
-        cells = (str(item.rank), item.id, item.title, ", ".join(item.attributes), f"{item.score:.3f}")
+        cells = [str(item.rank), item.id, item.title, ", ".join(item.attributes), f"{item.score:.3f}"]
+        if item.why:
+            cells.append(item.why.words(titles))
         table.add_row(
             *(Text(cell) for cell in cells)
         )  # Text, so that a title such as '[draft]' is not taken for markup

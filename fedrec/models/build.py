@@ -11,6 +11,11 @@ from fedrec.models.configs import (
     AnyModelConfig,
     BlendConfig,
     FactorisationConfig,
+    GruConfig,
+    LightGcnConfig,
+    MachineConfig,
+    NcfConfig,
+    NearestConfig,
     PopularityConfig,
     SpectralConfig,
     TextTransformerConfig,
@@ -18,6 +23,11 @@ from fedrec.models.configs import (
 )
 from fedrec.models.factorisation import Factorisation
 from fedrec.models.freeze import trains
+from fedrec.models.gru import Gru
+from fedrec.models.lightgcn import LightGcn
+from fedrec.models.machine import FactorisationMachine
+from fedrec.models.ncf import Ncf
+from fedrec.models.nearest import Nearest
 from fedrec.models.popularity import Popularity
 from fedrec.models.recommender import Recommender, set_params
 from fedrec.models.spectral import Spectral
@@ -32,6 +42,11 @@ MODELS: dict[type[Any], type[Any]] = {
     FactorisationConfig: Factorisation,
     TransformerConfig: Transformer,
     TextTransformerConfig: TextTransformer,
+    GruConfig: Gru,
+    NcfConfig: Ncf,
+    MachineConfig: FactorisationMachine,
+    LightGcnConfig: LightGcn,
+    NearestConfig: Nearest,
     BlendConfig: Blend,
 }
 

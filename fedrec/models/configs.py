@@ -83,17 +83,11 @@ class SpectralConfig(_Settings):
     given popularity and the public features; less keeps more of the pairs and of the noise, 0 leaves pairs alone."""
 
 
-class _Sequence(_Settings):
-    """What transformers over the item sequence share."""
+class SequenceConfig(_Settings):
+    """What all models that predict the next item share."""
 
     dim: int = Field(default=64, ge=2)
     """Width of item vectors and hidden states."""
-    blocks: int = Field(default=1, ge=1)
-    """How many attention blocks are stacked."""
-    heads: int = Field(default=2, ge=1)
-    """How many attention heads a block has; must divide `dim`."""
-    expand: int = Field(default=4, ge=1)
-    """Width of the feed-forward layer, in multiples of `dim`."""
     length: int = Field(default=50, ge=2)
     """How many of the newest interactions the model sees."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
@@ -108,13 +102,24 @@ class _Sequence(_Settings):
     """The training loss."""
 
 
-class TransformerConfig(_Sequence):
+class _Attention(SequenceConfig):
+    """What transformers share."""
+
+    blocks: int = Field(default=1, ge=1)
+    """How many attention blocks are stacked."""
+    heads: int = Field(default=2, ge=1)
+    """How many attention heads a block has; must divide `dim`."""
+    expand: int = Field(default=4, ge=1)
+    """Width of the feed-forward layer, in multiples of `dim`."""
+
+
+class TransformerConfig(_Attention):
     """A causal transformer over the item sequence (SASRec family)."""
 
     kind: Literal["transformer"] = "transformer"
 
 
-class TextTransformerConfig(_Sequence):
+class TextTransformerConfig(_Attention):
     """The same over items that are known by public text vectors, so that an item that joins today has one at once."""
 
     kind: Literal["text_transformer"] = "text_transformer"
@@ -138,6 +143,46 @@ class TextTransformerConfig(_Sequence):
         return self
 
 
+class GruConfig(SequenceConfig):
+    """A gated recurrent unit over the item sequence (GRU4Rec family)."""
+
+    kind: Literal["gru"] = "gru"
+
+
+class NcfConfig(SequenceConfig):
+    """A product and a small network between the mean of what was taken and an item (NeuMF)."""
+
+    kind: Literal["ncf"] = "ncf"
+    hidden: int = Field(default=16, ge=1)
+    """Width of the network's hidden layer."""
+
+
+class MachineConfig(SequenceConfig):
+    """A factorisation machine over the bag of what was taken and the item that is scored."""
+
+    kind: Literal["factorisation_machine"] = "factorisation_machine"
+
+
+class LightGcnConfig(SequenceConfig):
+    """LightGCN on the graph that a device knows: the person and what they took."""
+
+    kind: Literal["lightgcn"] = "lightgcn"
+    layers: int = Field(default=3, ge=1)
+    """How many rounds of messages; on a star only whether a round is odd or even matters."""
+
+
+class NearestConfig(_Settings):
+    """Items whose public vectors are like those of the newest interactions; nothing is trained."""
+
+    kind: Literal["nearest"] = "nearest"
+    features: FeatureSettings = FeatureSettings(rank=128, fourier=0)
+    """How the server makes the vectors of items."""
+    length: int = Field(default=60, ge=1)
+    """How many of the newest interactions are looked at."""
+    decay: float = Field(default=0.8, gt=0, le=1)
+    """Weight of each older interaction against the next."""
+
+
 class BlendConfig(_Settings):
     """A spectral model as prior, and a fitted one that is added to it only as far as validation says that it helps."""
 
@@ -152,15 +197,12 @@ class BlendConfig(_Settings):
     """Weights of the fitted scores that validation tries beside 0, the prior alone; both have spread 1."""
 
 
-ModelConfig = Annotated[
-    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | TextTransformerConfig | BlendConfig,
-    Field(discriminator="kind"),
-]
+AnySequenceConfig = TransformerConfig | TextTransformerConfig | GruConfig | NcfConfig | MachineConfig | LightGcnConfig
+AnyModelConfig = (
+    PopularityConfig | SpectralConfig | FactorisationConfig | NearestConfig | BlendConfig | AnySequenceConfig
+)
+ModelConfig = Annotated[AnyModelConfig, Field(discriminator="kind")]
 TrainedConfig = Annotated[
-    SpectralConfig | FactorisationConfig | TransformerConfig | TextTransformerConfig | BlendConfig,
-    Field(discriminator="kind"),
+    SpectralConfig | FactorisationConfig | NearestConfig | BlendConfig | AnySequenceConfig, Field(discriminator="kind")
 ]
 """Models that an experiment may release; popularity comes from counts and is always a row beside them."""
-AnyModelConfig = (
-    PopularityConfig | SpectralConfig | FactorisationConfig | TransformerConfig | TextTransformerConfig | BlendConfig
-)

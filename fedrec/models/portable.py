@@ -12,8 +12,14 @@ from fedrec.data.batches import START, BatchSpec, histories_of
 from fedrec.errors import ProtocolError
 from fedrec.models.configs import (
     AnyModelConfig,
+    AnySequenceConfig,
     BlendConfig,
     FactorisationConfig,
+    GruConfig,
+    LightGcnConfig,
+    MachineConfig,
+    NcfConfig,
+    NearestConfig,
     PopularityConfig,
     SpectralConfig,
     TextTransformerConfig,
@@ -44,12 +50,24 @@ def expected_shapes(config: AnyModelConfig, n_items: int) -> dict[str, tuple[int
             "weight": (1,),
             "spread": (dim, dim),
         }
+    if isinstance(config, NearestConfig):
+        return {"text": (n_items, config.features.rank)}
     if isinstance(config, TextTransformerConfig):
         return _text_shapes(config, n_items)
-    return _sequence_shapes(config, n_items)
+    if isinstance(config, TransformerConfig):
+        return _transformer_shapes(config, n_items)
+    d = config.dim
+    shapes: dict[str, tuple[int, ...]] = {"item": (n_items, d), "start": (d,)}
+    if isinstance(config, GruConfig):
+        shapes |= {f"{name}.weight": (3 * d, d) for name in ("reads", "keeps")}
+        return shapes | {"reads.bias": (3 * d,), "keeps.bias": (3 * d,), "norm.weight": (d,), "norm.bias": (d,)}
+    if isinstance(config, NcfConfig):
+        h = config.hidden
+        return shapes | {"gate": (d,), "person.weight": (h, d), "person.bias": (h,), "thing": (h, d), "out": (1, h)}
+    return shapes | ({"taken": (n_items, d), "bias": (n_items, 1)} if isinstance(config, MachineConfig) else {})
 
 
-def _sequence_shapes(config: TransformerConfig | TextTransformerConfig, n_items: int) -> dict[str, tuple[int, ...]]:
+def _transformer_shapes(config: TransformerConfig | TextTransformerConfig, n_items: int) -> dict[str, tuple[int, ...]]:
     d, wide = config.dim, config.expand * config.dim
     block: dict[str, tuple[int, ...]] = {"recency": (config.heads, config.length)}
     block |= {f"{norm}.{name}": (d,) for norm in ("norm1", "norm2") for name in ("weight", "bias")}
@@ -66,7 +84,7 @@ def _sequence_shapes(config: TransformerConfig | TextTransformerConfig, n_items:
 
 
 def _text_shapes(config: TextTransformerConfig, n_items: int) -> dict[str, tuple[int, ...]]:
-    shapes = _sequence_shapes(config, n_items)
+    shapes = _transformer_shapes(config, n_items)
     del shapes["item"]
     rank, own = config.features.rank, config.residual
     shapes |= {"text": (n_items, rank), "residual": (n_items, own), "mix": (config.dim, own)}
@@ -115,28 +133,72 @@ def score(config: AnyModelConfig, params: Params, history: Sequence[int]) -> Flo
     if isinstance(config, SpectralConfig):
         return _spectral(config, params, history)
     if isinstance(config, BlendConfig):
-        prior = _spectral(config.prior, _part(params, "prior."), history)
-        fitted = _part(params, "fitted.")
+        prior = _spectral(config.prior, part_of(params, "prior."), history)
+        fitted = part_of(params, "fitted.")
         user = _user(config.fitted, fitted, history)
         variance = float(user @ params["spread"] @ user)
         scale = float(params["weight"][0]) / math.sqrt(variance) if variance > 0 else 0.0
         blended: Floats = prior + fitted["item"] @ (user * np.float32(scale))
         return blended
+    if isinstance(config, NearestConfig):
+        return _nearest(config, params, history)
     if isinstance(config, TextTransformerConfig):
         config, params = merged(config, params)
-    scores: Floats = params["item"] @ _user(config, params, history)
-    return scores
+    user = _user(config, params, history)
+    if isinstance(config, NcfConfig):
+        inner = params["thing"] @ params["item"].T + _linear(params, "person", user[None])[0][:, None]
+        return np.asarray((user * params["gate"]) @ params["item"].T + (params["out"] @ np.maximum(inner, 0.0))[0])
+    scores: Floats = params["item"] @ user
+    return scores + params["bias"][:, 0] if isinstance(config, MachineConfig) else scores
 
 
-def _part(params: Params, prefix: str) -> Params:
+def part_of(params: Params, prefix: str) -> Params:
+    """Return the parameters whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
 
 
-def _user(config: FactorisationConfig | TransformerConfig, params: Params, history: Sequence[int]) -> Floats:
-    """Return the vector whose products with the item vectors are the scores."""
+def _user(config: FactorisationConfig | AnySequenceConfig, params: Params, history: Sequence[int]) -> Floats:
+    """Return the vector whose products with the item vectors are the scores, or most of them."""
     if isinstance(config, FactorisationConfig):
         return _factorised(config, params, history)
-    return _transformed(config, params, history)
+    items, x = _read(config, params, history)
+    if isinstance(config, GruConfig):
+        return _recurrent(config, params, x)
+    scale, n = np.float32(config.dim**0.5), len(items)
+    if isinstance(config, NcfConfig):
+        return np.asarray(x.mean(0) * scale)
+    if isinstance(config, MachineConfig):
+        return np.asarray(x.sum(0) / np.float32(n**0.5))
+    if isinstance(config, LightGcnConfig):
+        odd = np.float32(((config.layers + 1) // 2) / (config.layers + 1))
+        return np.asarray(((1 - odd) * params["start"] + odd * x.sum(0) / np.float32(n**0.5)) * scale)
+    return _transformed(config, params, x)
+
+
+def _read(config: AnySequenceConfig, params: Params, history: Sequence[int]) -> tuple[NDArray[np.int64], Floats]:
+    """Return the newest items, or `START`, and what a model reads them as: [n d]."""
+    items, mask = histories_of([list(history)], BatchSpec("causal", config.length))
+    items = items[0][: max(int(mask[0].sum()), 1)]
+    table = params["taken" if isinstance(config, MachineConfig) else "item"]
+    return items, np.where((items == START)[:, None], params["start"], table[np.maximum(items, 0)])
+
+
+def _recurrent(config: GruConfig, params: Params, x: Floats) -> Floats:
+    h: Floats = np.zeros(config.dim, np.float32)
+    for own in _linear(params, "reads", x * np.float32(config.dim**0.5)):
+        (z, r, n), (uz, ur, un) = np.split(own, 3), np.split(_linear(params, "keeps", h), 3)
+        z, r = 1.0 / (1.0 + np.exp(-(z + uz))), 1.0 / (1.0 + np.exp(-(r + ur)))
+        h = ((1.0 - z) * np.tanh(n + r * un) + z * h).astype(np.float32)
+    return _norm(params, "norm", h)
+
+
+def _nearest(config: NearestConfig, params: Params, history: Sequence[int]) -> Floats:
+    text = params["text"]
+    unit = text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-12)
+    newest = np.array(list(history)[-config.length :], np.int64)
+    user = (config.decay ** np.arange(len(newest))[::-1]).astype(np.float32) @ unit[newest]
+    scores: Floats = unit @ (user / max(float(np.linalg.norm(user)), 1e-12)).astype(np.float32)
+    return scores
 
 
 def _factorised(config: FactorisationConfig, params: Params, history: Sequence[int]) -> Floats:
@@ -164,19 +226,16 @@ def _spectral(config: SpectralConfig, params: Params, history: Sequence[int]) ->
     return scores
 
 
-def _transformed(config: TransformerConfig, params: Params, history: Sequence[int]) -> Floats:
-    items, mask = histories_of([list(history)], BatchSpec("causal", config.length))
-    items = items[0][: max(int(mask[0].sum()), 1)]
-    x = np.where((items == START)[:, None], params["start"], params["item"][np.maximum(items, 0)])
-    x = x * np.float32(config.dim**0.5) + params["position"][: len(items)]
+def _transformed(config: TransformerConfig | TextTransformerConfig, params: Params, x: Floats) -> Floats:
+    x = x * np.float32(config.dim**0.5) + params["position"][: len(x)]
     for index in range(config.blocks):
         prefix = f"blocks.{index}."
-        x = _block(config, _part(params, prefix), x)
+        x = _block(config, part_of(params, prefix), x)
     user: Floats = _norm(params, "norm", x[-1:])[0]
     return user
 
 
-def _block(config: TransformerConfig, own: Params, x: Floats) -> Floats:
+def _block(config: TransformerConfig | TextTransformerConfig, own: Params, x: Floats) -> Floats:
     n, d = x.shape
     qkv = _linear(own, "query_key_value", _norm(own, "norm1", x)).reshape(n, 3, config.heads, d // config.heads)
     q, k, v = qkv.transpose(1, 2, 0, 3)  # each [heads n d/heads]

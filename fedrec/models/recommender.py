@@ -166,12 +166,16 @@ def set_params(model: nn.Module, params: Params) -> None:
 
 
 def copy_grown(old: Recommender, new: Recommender) -> None:
-    """Copy every parameter of `old` into `new`; item rows fill the first rows, the rest keeps its initial values."""
+    """Copy every parameter of `old` into `new`; item rows fill the first rows, the rest keeps its initial values.
+
+    What is frozen in `old` is frozen in `new`.
+    """
     target = dict(new.named_parameters())
     with torch.no_grad():
         for name, value in old.named_parameters():
             place = target[name][: len(value)] if name in old.row_names else target[name]
             place.copy_(value)
+            target[name].requires_grad_(value.requires_grad)
 
 
 def to_torch(batch: Batch) -> Batch:

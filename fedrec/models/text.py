@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedrec.models.configs import TextTransformerConfig
 from fedrec.models.layers import make_linear, normal, product, rows
-from fedrec.models.transformer import INITIAL, Transformer
+from fedrec.models.sequence import INITIAL
+from fedrec.models.transformer import Transformer
 from fedrec.random import Key
 
 

@@ -18,7 +18,7 @@ from fedrec.data.slices import TimeSlice
 from fedrec.evaluation.asked import cooccurrence_shapes
 from fedrec.models.blend import started
 from fedrec.models.build import trained
-from fedrec.models.configs import BlendConfig, PopularityConfig, SpectralConfig
+from fedrec.models.configs import BlendConfig, NearestConfig, PopularityConfig, SpectralConfig
 from fedrec.params import Array, Params
 from fedrec.privacy.settings import LocalPrivacy
 from fedrec.protocol.codec import Plain
@@ -355,7 +355,7 @@ def _verdict(
     settings = recipe.experiment.training.student
     if student is not None and settings is not None and not private:
         contenders["student"] = Contender(settings.model, student.params)
-    alone = recipe.experiment.evaluation.local_only.people and not isinstance(model, SpectralConfig)
+    alone = recipe.experiment.evaluation.local_only.people and not isinstance(model, SpectralConfig | NearestConfig)
     if alone and not private:
         contenders["local_only"] = local_only_contender(recipe, time_slice)
     counts = np.zeros(time_slice.n_items_test, np.float32)

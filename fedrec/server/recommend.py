@@ -13,6 +13,7 @@ from fedrec.data.batches import histories_of
 from fedrec.errors import RegistryError
 from fedrec.models.build import restore
 from fedrec.models.configs import AnyModelConfig, ModelConfig
+from fedrec.models.explain import Explanation, explain
 from fedrec.models.recommender import score_all
 from fedrec.server.release import Release
 
@@ -26,10 +27,12 @@ class Recommended:
     title: str
     attributes: tuple[str, ...]
     score: float
+    why: Explanation | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON."""
-        return asdict(self)
+        """Return it as JSON; "why" is there only if it was asked for."""
+        document = asdict(self)
+        return document if self.why else {name: value for name, value in document.items() if name != "why"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Recommendations:
     items: tuple[Recommended, ...]
 
 
-def recommend(release: Release, history: Sequence[str], k: int, student: bool = False) -> Recommendations:
+def recommend(
+    release: Release, history: Sequence[str], k: int, student: bool = False, why: bool = False
+) -> Recommendations:
     """Return the k best items that are not in the history.
 
     Args:
@@ -48,6 +53,7 @@ def recommend(release: Release, history: Sequence[str], k: int, student: bool = 
         history: item ids, oldest first; may be empty.
         k: how many items.
         student: ask the device student that was published beside the release.
+        why: also say what each item of the history adds to each score.
 
     Raises:
         RegistryError: a student is asked for, and there is none.
@@ -68,10 +74,13 @@ def recommend(release: Release, history: Sequence[str], k: int, student: bool = 
     scores[numbers] = -np.inf
     best = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if np.isfinite(scores[i])]
     catalog = release.catalog
+    told: list[Explanation | None] = [None] * len(best)
+    if why:
+        told = [*explain(config, params, numbers, best, catalog.ids, catalog.attributes)]
     return Recommendations(
         tuple(catalog.titles[i] for i in numbers),
         tuple(
-            Recommended(rank, catalog.ids[i], catalog.titles[i], catalog.attributes[i], float(scores[i]))
-            for rank, i in enumerate(best, start=1)
+            Recommended(rank, catalog.ids[i], catalog.titles[i], catalog.attributes[i], float(scores[i]), reason)
+            for rank, (i, reason) in enumerate(zip(best, told, strict=True), start=1)
         ),
     )

@@ -22,7 +22,7 @@ from fedrec.data.slices import TimeSlice, leave_one_out, schedule_slices, stream
 from fedrec.errors import ConfigError, PrivacyError, RunError
 from fedrec.evaluation.metrics import metric_names
 from fedrec.models.build import build, trained
-from fedrec.models.configs import BlendConfig, SpectralConfig, TextTransformerConfig, TransformerConfig
+from fedrec.models.configs import BlendConfig, NearestConfig, SpectralConfig, TextTransformerConfig, TransformerConfig
 from fedrec.privacy.accounting import check_delta
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
@@ -190,13 +190,13 @@ def _check_statistics(experiment: Experiment, dataset: Dataset) -> None:
         )
     if isinstance(experiment.model, BlendConfig) and statistics is None:
         raise ConfigError("The prior of a blend is made from statistics; add a table [training.statistics].")
-    if isinstance(experiment.model, SpectralConfig):
-        if statistics is None:
-            raise ConfigError("A spectral model is made from statistics; add a table [training.statistics].")
-        if training.base.rounds or training.later.rounds:
-            raise ConfigError(
-                "A spectral model is not fitted; set training.base.rounds and training.later.rounds to 0."
-            )
+    if isinstance(experiment.model, SpectralConfig) and statistics is None:
+        raise ConfigError("A spectral model is made from statistics; add a table [training.statistics].")
+    made = isinstance(experiment.model, SpectralConfig | NearestConfig)
+    if made and (training.base.rounds or training.later.rounds):
+        raise ConfigError(
+            f"A {experiment.model.kind} model is not fitted; set training.base.rounds and training.later.rounds to 0."
+        )
     if statistics is None:
         return
     n_items = len(dataset.catalog)
@@ -285,7 +285,11 @@ def public_vectors(experiment: Experiment, catalog: ItemCatalog, n_fitted: int) 
         DataError: the items have neither text nor attributes, or the encoder is not installed.
     """
     model = experiment.model
-    return item_features(catalog, model.features, n_fitted) if isinstance(model, TextTransformerConfig) else None
+    return (
+        item_features(catalog, model.features, n_fitted)
+        if isinstance(model, TextTransformerConfig | NearestConfig)
+        else None
+    )
 
 
 def _guard(

@@ -29,6 +29,11 @@ from fedrec.models.configs import (
     BlendConfig,
     FactorisationConfig,
     FullSoftmax,
+    GruConfig,
+    LightGcnConfig,
+    MachineConfig,
+    NcfConfig,
+    NearestConfig,
     PopularityConfig,
     SampledSoftmax,
     SpectralConfig,
@@ -78,6 +83,7 @@ def _text(**changes: Any) -> TextTransformerConfig:
     return TextTransformerConfig(**settings | changes)
 
 
+SEQUENCE: dict[str, Any] = {"dim": 16, "length": 16, "dropout": 0.1, "softmax": SampledSoftmax(negatives=16)}
 RECOMMENDERS: dict[str, Entry] = {
     "popularity": Entry(PopularityConfig()),
     "spectral": Entry(SpectralConfig(item_rank=6, feature_rank=4, length=16), rounds=1),
@@ -94,6 +100,12 @@ RECOMMENDERS: dict[str, Entry] = {
     ),
     "transformer": Entry(_transformer(SampledSoftmax(negatives=16)), rounds=120, sequential=True),
     "transformer, full softmax": Entry(_transformer(FullSoftmax()), rounds=120, sequential=True),
+    "gru": Entry(GruConfig(**SEQUENCE), rounds=120, sequential=True),
+    "ncf": Entry(NcfConfig(**SEQUENCE, hidden=8), rounds=120),
+    "ncf, full softmax": Entry(NcfConfig(**{**SEQUENCE, "softmax": FullSoftmax()}, hidden=8), rounds=120),
+    "factorisation machine": Entry(MachineConfig(**SEQUENCE), rounds=120),
+    "lightgcn": Entry(LightGcnConfig(**SEQUENCE), rounds=120),
+    "nearest": Entry(NearestConfig(features=FeatureSettings(rank=12, fourier=0), length=16), rounds=1),
     "text transformer": Entry(_text(), rounds=120, sequential=True),
     "text transformer, full softmax": Entry(_text(softmax=FullSoftmax()), rounds=120, sequential=True),
     "text transformer, adapters": Entry(
@@ -157,6 +169,8 @@ def federate(
     memory: Params = {}
     if isinstance(wanted, SpectralConfig) and entry.rounds:
         return restore(wanted, n_items, counted(wanted, pool, window, slots))
+    if isinstance(wanted, NearestConfig):
+        return restore(wanted, n_items, {PUBLIC: tastes(n_items) if entry.rounds else params[PUBLIC]})
     if isinstance(wanted, BlendConfig) and entry.rounds:
         prior = counted(wanted.prior, pool, window, slots)
         fitted = federate(replace(entry, config=wanted.fitted), dataset, window)
@@ -169,6 +183,12 @@ def federate(
         stepped, memory = optimizer.step(entry.server, {name: params[name] for name in learnt}, memory, mean, 1.0)
         params = {**params, **stepped}
     return restore(wanted, n_items, params)
+
+
+def tastes(n_items: int) -> NDArray[np.float32]:
+    """Return public vectors that tell the three tastes of the suite's checkerboard, and little else."""
+    taste = np.eye(12, dtype=np.float32)[np.arange(n_items) % 3]
+    return taste + KEY.child("tastes").numpy().normal(0.0, 0.1, taste.shape).astype(np.float32)
 
 
 def counted(config: SpectralConfig, pool: LogPool, window: LastWindow, slots: NDArray[np.int64]) -> Params:

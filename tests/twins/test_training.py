@@ -28,6 +28,10 @@ from fedrec.models.configs import (
     AnyModelConfig,
     FactorisationConfig,
     FullSoftmax,
+    GruConfig,
+    LightGcnConfig,
+    MachineConfig,
+    NcfConfig,
     PopularityConfig,
     SampledSoftmax,
     TextTransformerConfig,
@@ -57,6 +61,7 @@ def _text(**changes: Any) -> TextTransformerConfig:
     return TextTransformerConfig(**settings | changes)
 
 
+SEQUENCE: dict[str, Any] = {"dim": 16, "length": 20, "dropout": 0.3, "softmax": SampledSoftmax(negatives=24)}
 MODELS: dict[str, AnyModelConfig] = {
     "popularity": PopularityConfig(),
     "factorisation": FactorisationConfig(dim=8, length=60, targets=8, negatives=16),
@@ -65,6 +70,11 @@ MODELS: dict[str, AnyModelConfig] = {
         dim=16, blocks=2, length=12, dropout=0.3, windows="last", horizon=1, softmax=SampledSoftmax(negatives=24)
     ),
     "transformer, full softmax": TransformerConfig(dim=16, length=20, dropout=0.3, softmax=FullSoftmax()),
+    "gru": GruConfig(**SEQUENCE),
+    "ncf": NcfConfig(**SEQUENCE, hidden=5),
+    "ncf, full softmax": NcfConfig(**{**SEQUENCE, "softmax": FullSoftmax()}, hidden=5),
+    "factorisation machine": MachineConfig(**SEQUENCE),
+    "lightgcn": LightGcnConfig(**SEQUENCE),
     "text transformer": _text(),
     "text transformer, full softmax": _text(softmax=FullSoftmax()),
     "text transformer, adapters": _text(lora=3, train="adapters"),
@@ -364,9 +374,17 @@ SERVERS = {
 
 
 FEWER = {
-    name: config
-    for name, config in MODELS.items()
-    if name not in ("text transformer, full softmax", "text transformer, head")
+    name: MODELS[name]
+    for name in (
+        "popularity",
+        "factorisation",
+        "transformer",
+        "transformer, last window",
+        "transformer, full softmax",
+        "ncf",
+        "text transformer",
+        "text transformer, adapters",
+    )
 }
 
 

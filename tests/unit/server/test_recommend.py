@@ -10,7 +10,7 @@ import pytest
 from fedrec.data.catalog import ItemCatalog
 from fedrec.errors import UnknownItem
 from fedrec.models.build import build
-from fedrec.models.configs import AnyModelConfig, PopularityConfig, TransformerConfig
+from fedrec.models.configs import AnyModelConfig, FactorisationConfig, PopularityConfig, TransformerConfig
 from fedrec.models.recommender import get_params
 from fedrec.random import Key
 from fedrec.server.recommend import recommend
@@ -73,3 +73,13 @@ def test_the_history_and_its_order_matter_to_a_model_of_sequences(tmp_path: Path
     assert all(one == sorted(one, reverse=True) for one in scores)
     assert scores[1] != scores[2]
     assert recommend(loaded, histories[1], N) == recommend(loaded, histories[1], N)
+
+
+def test_reasons_come_only_if_asked_for_and_name_the_history(tmp_path: Path) -> None:
+    rows = np.eye(N, 4, dtype=np.float32) + 0.1
+    loaded = release(tmp_path, FactorisationConfig(dim=4), {"item": rows})
+    assert "why" not in recommend(loaded, ["i0"], 3).items[0].to_dict()
+    found = recommend(loaded, ["i0", "i1"], 3, why=True).items[0]
+    assert found.why is not None
+    assert {reason.name for reason in found.why.items} <= {"i0", "i1"}
+    assert found.to_dict()["why"]["exact"] is True
