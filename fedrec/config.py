@@ -31,6 +31,15 @@ class DataConfig(_Settings):
     """A known data set (`fedrec data list`) or a folder that `fedrec data import` wrote."""
 
 
+class StartConfig(_Settings):
+    """Begin from a release that was trained elsewhere, on public data: the weights that all items share."""
+
+    registry: str
+    """Folder of its registry."""
+    release: int | Literal["latest", "newest"] = "latest"
+    """Which release."""
+
+
 class StreamSplit(_Settings):
     """Cut by global time: a base, later slices, and a tail that is only tested on."""
 
@@ -321,6 +330,8 @@ class Experiment(_Settings):
         StreamSplit()
     )
     model: TrainedConfig
+    start: StartConfig | None = None
+    """What a text transformer begins from; None: from fresh weights."""
     training: TrainingConfig = TrainingConfig()
     privacy: Privacy = NoPrivacy()
     evaluation: EvaluationConfig = EvaluationConfig()

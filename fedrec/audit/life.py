@@ -28,7 +28,7 @@ from fedrec.server.guard import Guard, guard_of, user_level
 from fedrec.server.lifelong import Desk, Observer, run_stream
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
-from fedrec.server.run import public_vectors
+from fedrec.server.start import carried, public_vectors, source_of
 from fedrec.server.state import ServerState
 
 
@@ -124,8 +124,10 @@ def live(
         ledger = PrivacyLedger(None, epsilon=settings.epsilon, delta=settings.delta)
         made = guard_of(experiment, ledger, n_people)
         guard = OverheardGuard(**{f.name: getattr(made, f.name) for f in fields(made)}, ear=ear)
-    vectors = public_vectors(experiment, catalog, slices[0].n_items)
-    recipe = Recipe(experiment, digest, time.perf_counter, guard, vectors=vectors)
+    source = source_of(experiment)
+    vectors = public_vectors(experiment, catalog, slices[0].n_items, source)
+    start = {} if source is None else carried(source)
+    recipe = Recipe(experiment, digest, time.perf_counter, guard, vectors=vectors, carried=start)
     state = ServerState(f"{experiment.name}/audit", experiment.digest(), digest)
     link = GridLink(InProcessGrid(client_app(lambda context: pool, lambda context: SIMULATION), [{}], {}))
     with tempfile.TemporaryDirectory(prefix="fedrec-audit-") as folder:

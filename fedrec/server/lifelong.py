@@ -191,7 +191,7 @@ def _begin(
     params = (
         grown(model, state.released, time_slice.n_items, recipe)
         if state.params and not anew(recipe.experiment)
-        else initial(model, time_slice.n_items, recipe)
+        else {**initial(model, time_slice.n_items, recipe), **recipe.carried}
     )
     memories = _memories(state, time_slice, recipe)
     counted = _count(link, time_slice, recipe, roster)

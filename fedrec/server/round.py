@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,7 @@ class Recipe:
         local: what is asked of clients that trust nobody.
         tier: which class of devices the rounds ask; None: all.
         vectors: [n, d] public vectors of all items of the catalogue, for models that know items by their text.
+        carried: weights of another domain that training begins with; empty: it begins with fresh ones.
     """
 
     experiment: Experiment
@@ -62,6 +63,7 @@ class Recipe:
     local: LocalMode | None = None
     tier: Tier | None = None
     vectors: NDArray[np.float32] | None = None
+    carried: Params = field(default_factory=dict)
 
 
 def take_census(link: Link, window: TimeWindow | LastWindow, recipe: Recipe) -> Roster:

@@ -15,9 +15,8 @@ from typing import Any
 from fedrec import __version__
 from fedrec.config import BlockSplit, Experiment, LeaveOneOutSplit, ScheduleSplit
 from fedrec.data.blocks import block_slices
-from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
-from fedrec.data.features import Matrix, item_features, make_encoder
+from fedrec.data.features import make_encoder
 from fedrec.data.slices import TimeSlice, leave_one_out, schedule_slices, stream_slices, with_validation
 from fedrec.errors import ConfigError, PrivacyError, RunError
 from fedrec.evaluation.metrics import metric_names
@@ -35,6 +34,7 @@ from fedrec.server.local import local_mode
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe, take_census
 from fedrec.server.signed import SignedLink
+from fedrec.server.start import carried, public_vectors, source_of
 from fedrec.server.state import ServerState
 from fedrec.server.student import check_student
 from fedrec.server.teach import check_distil
@@ -139,7 +139,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
         FedrecError: the data cannot be cut as asked, or settings contradict each other.
     """
     slices = cut(experiment, dataset)
-    public_vectors(experiment, dataset.catalog, slices[0].n_items)
+    public_vectors(experiment, dataset.catalog, slices[0].n_items, source_of(experiment))
     metric_names(experiment.evaluation.ks)
     build(experiment.model, 1, ServerState.root_key(experiment))
     _check_statistics(experiment, dataset)
@@ -243,9 +243,11 @@ def run_experiment(
 
     slices = cut(experiment, dataset)
     due(slices[0])
+    source = source_of(experiment)
     recipe = Recipe(
         experiment, dataset.catalog.digest(), clock, local=local_mode(experiment),
-        vectors=public_vectors(experiment, dataset.catalog, slices[0].n_items),
+        vectors=public_vectors(experiment, dataset.catalog, slices[0].n_items, source),
+        carried={} if source is None else carried(source),
     )  # fmt: skip
     with ExitStack() as stack:
         if isinstance(experiment.privacy, UserLevelPrivacy):
@@ -276,20 +278,6 @@ def run_experiment(
         document = describe(state, experiment, dataset, command, recipe.guard)
     write_report(document, folder.path)
     return document
-
-
-def public_vectors(experiment: Experiment, catalog: ItemCatalog, n_fitted: int) -> Matrix | None:
-    """Return [n, d] vectors of all items, in the space that the first `n_fitted` lay down; None: the model needs none.
-
-    Raises:
-        DataError: the items have neither text nor attributes, or the encoder is not installed.
-    """
-    model = experiment.model
-    return (
-        item_features(catalog, model.features, n_fitted)
-        if isinstance(model, TextTransformerConfig | NearestConfig)
-        else None
-    )
 
 
 def _guard(

@@ -1,0 +1,86 @@
+"""Beginning from a release of another, public domain: what it knows of text and sequences, and nothing of its items."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from fedrec.config import Experiment
+from fedrec.data.catalog import ItemCatalog
+from fedrec.data.features import Matrix, item_features
+from fedrec.errors import ConfigError
+from fedrec.models.build import MODELS
+from fedrec.models.configs import AnyModelConfig, ModelConfig, NearestConfig, TextTransformerConfig
+from fedrec.models.portable import expected_shapes
+from fedrec.params import Array
+from fedrec.server.registry import Registry
+from fedrec.server.release import Release
+
+
+def source_of(experiment: Experiment) -> Release | None:
+    """Return the release that the experiment begins from; None: it begins from nothing.
+
+    Raises:
+        ConfigError: the two models differ in more than what is trained.
+        RegistryError: there is no such release.
+    """
+    if experiment.start is None:
+        return None
+    registry = Registry(Path(experiment.start.registry))
+    release = registry.load(experiment.start.release)
+    theirs: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(release.manifest.model)
+    ours = experiment.model
+    if not isinstance(ours, TextTransformerConfig) or not isinstance(theirs, TextTransformerConfig):
+        raise ConfigError(
+            'Only what is known by text can begin from another domain; use model.kind = "text_transformer" in both, '
+            f"here it is '{ours.kind}' and there '{theirs.kind}'."
+        )
+    if theirs.features != ours.features:
+        raise ConfigError(
+            "[start]: the release was made with other model.features; copy its table into this experiment."
+        )
+    wanted, had = expected_shapes(ours, 1), expected_shapes(theirs, 1)
+    odd = [name for name in sorted(wanted.keys() & had.keys()) if wanted[name] != had[name]]
+    if odd or had.keys() - wanted.keys():
+        name = (odd or sorted(had.keys() - wanted.keys()))[0]
+        raise ConfigError(f"[start]: '{name}' of the release does not fit this model; give both the same sizes.")
+    return release
+
+
+def carried(release: Release) -> dict[str, Array]:
+    """Return the parameters that mean the same for any items: all but the rows."""
+    config: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(release.manifest.model)
+    rows = MODELS[type(config)].row_names
+    return {name: value for name, value in release.params.items() if name not in rows}
+
+
+def public_vectors(
+    experiment: Experiment, catalog: ItemCatalog, n_fitted: int, source: Release | None = None
+) -> Matrix | None:
+    """Return [n, d] public vectors of all items; None: the model needs none.
+
+    The space is the one that the first `n_fitted` items lay down, or that of the release to begin from.
+
+    Raises:
+        DataError: the items have neither text nor attributes, or the encoder is not installed.
+    """
+    model = experiment.model
+    if not isinstance(model, TextTransformerConfig | NearestConfig):
+        return None
+    if source is None or experiment.start is None:
+        return item_features(catalog, model.features, n_fitted)
+    first = Registry(Path(experiment.start.registry)).lineage(source.version)[-1]
+    n_first = Registry(Path(experiment.start.registry)).manifest(first.version).n_items
+    return item_features(joined(source.catalog, catalog), model.features, n_first)[len(source.catalog) :]
+
+
+def joined(first: ItemCatalog, second: ItemCatalog) -> ItemCatalog:
+    """Return both catalogues as one, the first one's items first; only for their text."""
+    return ItemCatalog(
+        (*(f"1/{item}" for item in first.ids), *(f"2/{item}" for item in second.ids)),
+        (*first.titles, *second.titles),
+        (*first.attributes, *second.attributes),
+        np.zeros(len(first) + len(second), np.int64),
+    )

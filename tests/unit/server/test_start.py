@@ -1,0 +1,81 @@
+"""What was learnt elsewhere is begun with, in the space of texts that it was learnt in; items are not carried over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedrec.config import Experiment
+from fedrec.data.features import item_features
+from fedrec.errors import ConfigError, RegistryError
+from fedrec.grid.simulate import simulate
+from fedrec.server.registry import Registry
+from fedrec.server.start import joined
+from tests.support import dataset_of, merged, small_document, small_rows
+
+ELSEWHERE = dataset_of(small_rows(seed=1, n_items=40, n=500))
+HERE = dataset_of([(user, f"x{item}", time) for user, item, time in small_rows(seed=2)])
+MODEL: dict[str, Any] = {
+    "kind": "text_transformer", "dim": 8, "heads": 2, "expand": 1, "length": 8, "residual": 2,
+    "features": {"rank": 6, "fourier": 0}, "softmax": {"kind": "sampled", "negatives": 8},
+}  # fmt: skip
+
+
+def experiment(**changes: Any) -> Experiment:
+    base = {**small_document(), "model": MODEL}
+    return Experiment.parse(
+        merged(base, {"split": {"later": 1}, "evaluation": {"local_only": {"people": 0}}, **changes})
+    )
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elsewhere")
+    simulate(experiment(), runs=folder, registry=folder / "r", dataset=ELSEWHERE)
+    return folder / "r"
+
+
+def test_shared_weights_and_the_space_of_texts_are_carried_and_items_are_not(elsewhere: Path, tmp_path: Path) -> None:
+    none = {"rounds": 0}
+    wanted = experiment(start={"registry": str(elsewhere)}, training={"base": none, "later": none, "average": 0.0})
+    simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=HERE)
+    theirs, ours = Registry(elsewhere).load(), Registry(tmp_path / "r").load()
+    for name in theirs.params:
+        if name not in ("text", "residual"):
+            assert np.array_equal(theirs.params[name], ours.params[name]), name
+    assert not ours.params["residual"].any()
+    n_first = Registry(elsewhere).load(1).manifest.n_items
+    assert n_first < theirs.manifest.n_items  # the space is that of the first slice, not of the newest release
+    space = item_features(joined(theirs.catalog, ours.catalog), wanted.model.features, n_first)  # type: ignore[union-attr]
+    np.testing.assert_allclose(space[: len(theirs.catalog)], theirs.params["text"], atol=1e-5)
+    np.testing.assert_allclose(space[len(theirs.catalog) :], ours.params["text"], atol=1e-5)
+
+
+def test_a_release_of_another_shape_or_kind_is_refused_before_anything_is_written(
+    elsewhere: Path, tmp_path: Path
+) -> None:
+    start = {"registry": str(elsewhere)}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model": {**MODEL, "dim": 16}}, "does not fit"),
+        ({"model": {**MODEL, "features": {"rank": 7, "fourier": 0}}}, "features"),
+        ({"model": {"kind": "transformer", "dim": 8, "length": 8}}, "text_transformer"),
+    ]
+    for changes, words in cases:
+        with pytest.raises(ConfigError, match=words):
+            simulate(experiment(start=start, **changes), runs=tmp_path / "x", registry=tmp_path / "r", dataset=HERE)
+    with pytest.raises(RegistryError):
+        simulate(experiment(start={"registry": str(tmp_path / "no")}), runs=tmp_path / "x", dataset=HERE)
+    assert not (tmp_path / "x").exists()
+
+
+def test_adapters_can_be_put_beside_what_came_without_them(elsewhere: Path, tmp_path: Path) -> None:
+    wanted = experiment(
+        start={"registry": str(elsewhere)}, model={"lora": 2, "train": "adapters"}, training={"average": 0.0}
+    )
+    simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=HERE)
+    theirs, ours = Registry(elsewhere).load().params, Registry(tmp_path / "r").load().params
+    assert np.array_equal(theirs["blocks.0.widen.weight"], ours["blocks.0.widen.weight"])
+    assert ours["blocks.0.widen.up"].any()
