@@ -55,7 +55,8 @@ class Blend(Recommender):
         if isinstance(self.fitted, Factorisation):
             newest = _newest(items.clamp(min=0), taken, self.settings.fitted.length)
         fitted = standard(self.fitted.encode(*newest), self.spread) * self.weight
-        return torch.cat([self.prior.encode(items.clamp(min=0), taken), fitted], dim=1)
+        prior = self.prior.encode(*_newest(items.clamp(min=0), taken, self.settings.prior.length))
+        return torch.cat([prior, fitted], dim=1)
 
     def score(
         self, users: Float[Tensor, "b d"], items: Int[Tensor, "b k"] | None = None

@@ -26,7 +26,7 @@ def test_scores_equal_those_of_torch(kind: str) -> None:
     set_params(model, params)
     model.eval()
     portable.check_params(config, N_ITEMS, params)
-    for length in (0, 1, 5, 90):
+    for length in (0, 1, 5, 15, 16, 17, 90):
         history = [int(i) for i in draws.integers(0, N_ITEMS, length)]
         expected = score_all(model, histories_of([history], model.spec))[0]
         np.testing.assert_allclose(portable.score(config, params, history), expected, rtol=1e-3, atol=1e-4)
