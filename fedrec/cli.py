@@ -269,6 +269,34 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option("--out", help="The file to write.")],
+    release: Annotated[str, typer.Argument(help="A version, 'latest' (the promoted one) or 'newest'.")] = "latest",
+    kind: Annotated[str, typer.Option("--format", help="'device' (for fedrec on devices) or 'onnx'.")] = "device",
+    bits: Annotated[int, typer.Option("--bits", help="Of each number of a device file: 8 or 32.")] = 8,
+    keep: Annotated[float, typer.Option("--keep", help="Share of directions and units that pruning keeps.")] = 1.0,
+    registry: RegistryOption = Path("runs/registry"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write a release as one small file: merged, pruned if asked, 8 bits a number; or as an ONNX graph."""
+    from fedrec.errors import ConfigError
+    from fedrec.server.export import export as write
+    from fedrec.server.registry import Registry
+
+    if kind not in ("device", "onnx"):
+        raise ConfigError(f"Unknown format '{kind}': --format takes 'device' or 'onnx'.")
+    loaded = Registry(registry).load(int(release) if release.isdecimal() else release)
+    found = write(loaded, out, "onnx" if kind == "onnx" else "device", bits, keep)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    print(
+        f"{found.path}: {found.kind} of release {found.release}, {found.bytes:,} bytes "
+        f"({found.bytes / found.release_bytes:.0%} of the release), shares {found.overlap:.0%} of its top 10"
+    )
+
+
 def _expected(experiment: Experiment) -> float:
     """Return how many clients a round asks for, as far as the experiment says."""
     from fedrec.config import FixedCohort, PoissonCohort
