@@ -20,9 +20,9 @@ from fedrec.grid.simulate import simulate
 from fedrec.models import portable
 from fedrec.models.compress import DeviceModel, prune, read_device, slim, write_device
 from fedrec.models.configs import AnyModelConfig
-from fedrec.models.onnx import inputs_for, to_onnx
 from fedrec.params import Params, n_bytes
 from fedrec.server.registry import Registry
+from fedrec.serving.export import inputs_for, to_onnx
 
 PEOPLE = 1000
 REPEATS = 300

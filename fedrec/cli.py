@@ -281,8 +281,8 @@ def export(
 ) -> None:
     """Write a release as one small file: merged, pruned if asked, 8 bits a number; or as an ONNX graph."""
     from fedrec.errors import ConfigError
-    from fedrec.server.export import export as write
     from fedrec.server.registry import Registry
+    from fedrec.serving.devices import export as write
 
     if kind not in ("device", "onnx"):
         raise ConfigError(f"Unknown format '{kind}': --format takes 'device' or 'onnx'.")

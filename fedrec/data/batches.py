@@ -41,6 +41,8 @@ class Batch(NamedTuple):
         negative_since: [b, N] the position from which on the person has the negative, so that it no longer counts as
             one; `NEVER` where that does not happen.
         seeds: [b] integers that seed the dropout of each person.
+        events: [b, T] which of the spec's kinds each target is, -1 for another; [b, 0] if nobody asked.
+        values: [b, T] value of each target, NaN where it has none; [b, 0] if nobody asked.
     """
 
     inputs: Any
@@ -50,6 +52,8 @@ class Batch(NamedTuple):
     negatives: Any
     negative_since: Any
     seeds: Any
+    events: Any = np.zeros((0, 0), np.int64)
+    values: Any = np.zeros((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class BatchSpec:
         windows: for "causal", the newest stretch of a history or a random one.
         targets: for "pairs", how many targets.
         negatives: how many uniform negatives; None: the whole catalogue.
+        kinds: names of events that targets are told apart by, and a wish for their values; None: neither is needed.
     """
 
     kind: Literal["causal", "pairs"]
@@ -69,6 +74,7 @@ class BatchSpec:
     windows: Literal["last", "random"] = "last"
     targets: int = 0
     negatives: int | None = 0
+    kinds: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -130,8 +136,8 @@ def draw_steps(
     seeds = (bits_of([key.child("dropout") for key in keys], ids, 1)[..., 0] >> np.uint64(33)).astype(np.int64)
     if spec.kind == "pairs":
         never = np.full_like(negatives[0], NEVER)
-        pairs = _pairs(cohorts, spec, keys)
-        return [Batch(*pair, own, never, seed) for pair, own, seed in zip(pairs, negatives, seeds, strict=True)]
+        pairs, told = _pairs(cohorts, spec, keys), (np.zeros((c, 0), np.int64), np.zeros((c, 0), np.float32))
+        return [Batch(*pair, own, never, seed, *told) for pair, own, seed in zip(pairs, negatives, seeds, strict=True)]
     return [
         _causal_batch(*each, whole_history)
         for each in zip(cohorts, [spec] * len(keys), keys, negatives, seeds, strict=True)
@@ -147,7 +153,7 @@ def _causal_batch(
         since = np.where(since < cohort.low[:, None], NEVER, since)
     # What comes after the stretch must not show in the batch, not even as a number.
     since = np.where(since < end[:, None], since - start[:, None], NEVER)
-    return Batch(*_causal(cohort, start, end), negatives, since, seeds)
+    return Batch(*_causal(cohort, start, end), negatives, since, seeds, *_told(cohort, start, end, spec.kinds))
 
 
 def _window(cohort: Cohort, spec: BatchSpec, key: Key) -> tuple[Ints, Ints]:
@@ -168,6 +174,19 @@ def _causal(cohort: Cohort, start: Ints, end: Ints) -> tuple[Ints, NDArray[np.bo
     inputs = _items(cohort, place - 1, valid & (place > 0))
     inputs[(place == 0) & valid] = START
     return inputs, valid, targets, valid & (place >= cohort.low[:, None])
+
+
+def _told(cohort: Cohort, start: Ints, end: Ints, kinds: tuple[str, ...] | None) -> tuple[Ints, NDArray[np.float32]]:
+    """Return kinds and values of the targets of `_causal`, or nothing of each."""
+    if kinds is None:
+        return np.zeros((len(cohort), 0), np.int64), np.zeros((len(cohort), 0), np.float32)
+    log = cohort.log
+    place = start[:, None] + np.arange(int((end - start).max(initial=1)))
+    valid = place < end[:, None]
+    rows = np.where(valid, log.offsets[cohort.users][:, None] + place, 0)
+    number = np.array([kinds.index(kind) if kind in kinds else -1 for kind in log.event_kinds], np.int64)
+    events = np.where(valid, number[log.event[rows]], -1)
+    return events, np.where(valid, log.value[rows], np.nan).astype(np.float32)
 
 
 def _pairs(

@@ -83,6 +83,31 @@ class SpectralConfig(_Settings):
     given popularity and the public features; less keeps more of the pairs and of the noise, 0 leaves pairs alone."""
 
 
+class TasksConfig(_Settings):
+    """What is predicted beside the next item, with the same trunk."""
+
+    value_weight: float = Field(default=0.0, ge=0)
+    """Weight of predicting an interaction's value, a rating for example; 0: no such head."""
+    value_range: tuple[float, float] = (1.0, 5.0)
+    """The lowest and the highest value."""
+    event_weight: float = Field(default=0.0, ge=0)
+    """Weight of predicting the kind of an interaction; 0: no such head."""
+    events: tuple[str, ...] = ()
+    """The kinds that are told apart, as the data names them; others do not count."""
+    weights: Literal["fixed", "learned"] = "fixed"
+    """Whether the weights stay, or are multiplied by factors that training finds."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> TasksConfig:
+        if self.event_weight and len(set(self.events)) < 2:
+            raise ValueError("a head for kinds of interaction needs the names of at least two in `events`")
+        if not self.value_range[0] < self.value_range[1]:
+            raise ValueError("`value_range` must rise")
+        if not self.value_weight and not self.event_weight:
+            raise ValueError("no task has a weight; leave the table out")
+        return self
+
+
 class SequenceConfig(_Settings):
     """What all models that predict the next item share."""
 
@@ -100,6 +125,8 @@ class SequenceConfig(_Settings):
     """Weight of each further one of them against the one before."""
     softmax: Softmax = SampledSoftmax()
     """The training loss."""
+    tasks: TasksConfig | None = None
+    """What else is predicted; None: the next item alone."""
 
 
 class _Attention(SequenceConfig):

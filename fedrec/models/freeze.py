@@ -21,7 +21,7 @@ def trains(config: AnyModelConfig, name: str) -> bool:
         return True
     if name == PUBLIC:
         return False
-    if config.train == "all":
+    if config.train == "all" or name.startswith("heads."):
         return True
     if config.train == "adapters":
         return name in _SMALL or name.endswith(_SMALL_ENDS)

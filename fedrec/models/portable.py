@@ -22,6 +22,7 @@ from fedrec.models.configs import (
     NearestConfig,
     PopularityConfig,
     SpectralConfig,
+    TasksConfig,
     TextTransformerConfig,
     TransformerConfig,
 )
@@ -52,10 +53,26 @@ def expected_shapes(config: AnyModelConfig, n_items: int) -> dict[str, tuple[int
         }
     if isinstance(config, NearestConfig):
         return {"text": (n_items, config.features.rank)}
+    heads = _head_shapes(config.tasks, config.dim) if config.tasks else {}
     if isinstance(config, TextTransformerConfig):
-        return _text_shapes(config, n_items)
+        return _text_shapes(config, n_items) | heads
     if isinstance(config, TransformerConfig):
-        return _transformer_shapes(config, n_items)
+        return _transformer_shapes(config, n_items) | heads
+    return _other_shapes(config, n_items) | heads
+
+
+def _head_shapes(tasks: TasksConfig, dim: int) -> dict[str, tuple[int, ...]]:
+    outs = {"value": bool(tasks.value_weight), "event": len(tasks.events) * bool(tasks.event_weight)}
+    found: dict[str, tuple[int, ...]] = {"heads.balance": (3,)} if tasks.weights == "learned" else {}
+    for name, n in outs.items():
+        if n:
+            found |= {f"heads.{name}.weight": (int(n), 2 * dim), f"heads.{name}.bias": (int(n),)}
+    return found
+
+
+def _other_shapes(
+    config: GruConfig | NcfConfig | MachineConfig | LightGcnConfig, n_items: int
+) -> dict[str, tuple[int, ...]]:
     d = config.dim
     shapes: dict[str, tuple[int, ...]] = {"item": (n_items, d), "start": (d,)}
     if isinstance(config, GruConfig):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,10 +16,33 @@ from fedrec.models.configs import AnySequenceConfig, SampledSoftmax
 from fedrec.models.layers import normal, normal_rows, rows
 from fedrec.models.losses import imitation, lookahead, sampled_softmax
 from fedrec.models.recommender import Recommender, Taught, copy_grown
+from fedrec.models.tasks import Heads
 from fedrec.random import Key
 
 INITIAL = 0.02
 """Standard deviation of fresh item vectors; small, so that the first scores are near zero and alike."""
+
+
+class Seen(NamedTuple):
+    """What a model makes of a batch.
+
+    Attributes:
+        logits: [b, t, h] logits of the next h targets at each position.
+        there: [b, t, h] which of them are there.
+        negative: [b, t, n] logits of the negatives.
+        states: [b, t, d] before each target.
+        targets: [b, t, d] vectors of the targets.
+    """
+
+    logits: Tensor
+    there: Tensor
+    negative: Tensor
+    states: Tensor
+    targets: Tensor
+
+    def candidates(self) -> Tensor:
+        """Return [b, t, 1 + n] logits of each position's target and negatives."""
+        return torch.cat([self.logits[..., :1], self.negative], -1)
 
 
 class NextItem(Recommender):
@@ -42,7 +65,10 @@ class NextItem(Recommender):
         self.n_items = n_items
         self.gathers = isinstance(config.softmax, SampledSoftmax)
         negatives = config.softmax.negatives if isinstance(config.softmax, SampledSoftmax) else None
-        self.spec = BatchSpec("causal", config.length, config.windows, negatives=negatives)
+        kinds = config.tasks.events if config.tasks else None
+        self.spec = BatchSpec("causal", config.length, config.windows, negatives=negatives, kinds=kinds)
+        if config.tasks:
+            self.heads = Heads(config.tasks, config.dim, key.child("heads"))
         self.make_items(key)
         self.start = nn.Parameter(normal(key.child("start"), (config.dim,), INITIAL))
 
@@ -114,26 +140,21 @@ class NextItem(Recommender):
 
     def loss(self, batch: Batch, local: Mapping[str, Tensor] | None = None) -> Float[Tensor, " b"]:
         """Return the mean softmax loss over each person's targets, with dropout seeded by the batch."""
-        return self._loss(*self._logits(batch, batch.seeds), batch)
+        return self._loss(self._seen(batch, batch.seeds), batch)
 
     def taught_loss(self, batch: Batch, local: Mapping[str, Tensor] | None, taught: Taught) -> Float[Tensor, " b"]:
         """Return the loss plus the divergence from the teacher's choice among the same candidates at each position."""
-        logits, there, negative = self._logits(batch, batch.seeds)
-        own = torch.cat([logits[..., :1], negative], -1)
-        had = self._excluded(batch, negative.shape[1])
+        seen = self._seen(batch, batch.seeds)
+        had = self._excluded(batch, seen.negative.shape[1])
         excluded = F.pad(had, (1, 0), value=False)
-        unlike = imitation(own, taught.scores, excluded, batch.target_mask)
-        return self._loss(logits, there, negative, batch) + taught.weight * unlike
+        unlike = imitation(seen.candidates(), taught.scores, excluded, batch.target_mask)
+        return self._loss(seen, batch) + taught.weight * unlike
 
     def candidate_scores(self, batch: Batch) -> Float[Tensor, "b t n"]:
         """Return the logits of each position's target and negatives."""
-        logits, _, negative = self._logits(batch, None)
-        return torch.cat([logits[..., :1], negative], -1)
+        return self._seen(batch, None).candidates()
 
-    def _logits(
-        self, batch: Batch, seeds: Int[Tensor, " b"] | None
-    ) -> tuple[Float[Tensor, "b t h"], Bool[Tensor, "b t h"], Float[Tensor, "b t n"]]:
-        """Return the logits of the next targets at each position, which of them are there, and those of negatives."""
+    def _seen(self, batch: Batch, seeds: Int[Tensor, " b"] | None) -> Seen:
         n, c = batch.inputs.shape[1], self.settings
         # One look-up of all rows, so that one gradient of the table comes back.
         numbers = [batch.targets, *([batch.negatives] if self.gathers else [])]
@@ -145,7 +166,7 @@ class NextItem(Recommender):
         shifts = range(min(c.horizon, n))
         logits = torch.stack([F.pad(self.match_each(states[:, : n - j], targets[:, j:]), (0, j)) for j in shifts], -1)
         there = torch.stack([F.pad(batch.input_mask[:, j:], (0, j)) for j in shifts], -1)  # [b t h]
-        return logits, there, self.match(states, rest[0] if self.gathers else self.table())
+        return Seen(logits, there, self.match(states, rest[0] if self.gathers else self.table()), states, targets)
 
     def _excluded(self, batch: Batch, n: int) -> Bool[Tensor, "b t n"]:
         """Return which negatives are none at each of n positions."""
@@ -153,17 +174,16 @@ class NextItem(Recommender):
         excluded: Tensor = had | (batch.targets[..., None] == batch.negatives[:, None])
         return excluded
 
-    def _loss(
-        self,
-        logits: Float[Tensor, "b t h"],
-        there: Bool[Tensor, "b t h"],
-        negative: Float[Tensor, "b t n"],
-        batch: Batch,
-    ) -> Float[Tensor, " b"]:
+    def _loss(self, seen: Seen, batch: Batch) -> Float[Tensor, " b"]:
+        c = self.settings
         stands_for = max(self.n_items - 1, 1) / batch.negatives.shape[-1] if self.gathers else 1.0
-        wanted = lookahead(logits, there, self.settings.horizon_decay)
-        excluded = self._excluded(batch, negative.shape[1])
-        return sampled_softmax(logits[..., 0], wanted, negative, excluded, batch.target_mask, stands_for)
+        wanted = lookahead(seen.logits, seen.there, c.horizon_decay)
+        excluded = self._excluded(batch, seen.negative.shape[1])
+        own = seen.logits[..., 0]
+        item = sampled_softmax(own, wanted, seen.negative, excluded, batch.target_mask, stands_for)
+        if c.tasks is None:
+            return item
+        return self.heads.loss(item, seen.states[..., : c.dim], seen.targets[..., : c.dim], batch)
 
     def grow(self, n_items: int, key: Key) -> Recommender:
         """Return a copy with freshly drawn vectors for the new items."""

@@ -37,6 +37,7 @@ from fedrec.models.configs import (
     PopularityConfig,
     SampledSoftmax,
     SpectralConfig,
+    TasksConfig,
     TextTransformerConfig,
     TransformerConfig,
 )
@@ -100,6 +101,11 @@ RECOMMENDERS: dict[str, Entry] = {
     ),
     "transformer": Entry(_transformer(SampledSoftmax(negatives=16)), rounds=120, sequential=True),
     "transformer, full softmax": Entry(_transformer(FullSoftmax()), rounds=120, sequential=True),
+    "transformer, many tasks": Entry(
+        TransformerConfig(**SEQUENCE, heads=2, expand=2, tasks=TasksConfig(value_weight=0.5, value_range=(0.0, 1.0))),
+        rounds=120,
+        sequential=True,
+    ),
     "gru": Entry(GruConfig(**SEQUENCE), rounds=120, sequential=True),
     "ncf": Entry(NcfConfig(**SEQUENCE, hidden=8), rounds=120),
     "ncf, full softmax": Entry(NcfConfig(**{**SEQUENCE, "softmax": FullSoftmax()}, hidden=8), rounds=120),
@@ -122,7 +128,12 @@ def uneven_log(lengths: Sequence[int], n_items: int, key: Key) -> InteractionLog
     """Return people with histories of these lengths; items are uniform, repeats included."""
     user = np.repeat(np.arange(len(lengths)), lengths)
     item = np.floor(key.child("items").uniforms(np.arange(len(user)), 1)[:, 0] * n_items).astype(np.int64)
-    return InteractionLog.from_rows(user, item, np.arange(len(user)), tuple(f"u{i}" for i in range(len(lengths))))
+    people = tuple(f"u{i}" for i in range(len(lengths)))
+    value = key.child("values").uniforms(np.arange(len(user)), 1)[:, 0].astype(np.float32)
+    value[::5] = np.nan  # not everything has a value
+    event = (item % 3).astype(np.int8)
+    kinds = ("click", "buy", "other")
+    return InteractionLog.from_rows(user, item, np.arange(len(user)), people, event, value, kinds)
 
 
 def everybody(log: InteractionLog, low: Sequence[int] | None = None) -> Cohort:

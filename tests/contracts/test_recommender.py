@@ -78,6 +78,8 @@ def padded(batch: Batch, columns: int, garbage: int) -> Batch:
         input_mask=pad(batch.input_mask, False),
         targets=pad(batch.targets, garbage),
         target_mask=pad(batch.target_mask, False),
+        events=pad(batch.events, 0) if batch.events.shape[1] else batch.events,
+        values=pad(batch.values, 1) if batch.values.shape[1] else batch.values,
     )
 
 

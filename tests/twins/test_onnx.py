@@ -9,8 +9,8 @@ from fedrec.data.batches import histories_of
 from fedrec.errors import FedrecError
 from fedrec.models.build import build
 from fedrec.models.configs import AnyModelConfig
-from fedrec.models.onnx import inputs_for, to_onnx
 from fedrec.models.recommender import get_params, score_all, set_params
+from fedrec.serving.export import inputs_for, to_onnx
 from tests.contracts.recommender import KEY, RECOMMENDERS
 
 onnx = pytest.importorskip("onnx")

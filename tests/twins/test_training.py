@@ -34,6 +34,7 @@ from fedrec.models.configs import (
     NcfConfig,
     PopularityConfig,
     SampledSoftmax,
+    TasksConfig,
     TextTransformerConfig,
     TransformerConfig,
 )
@@ -71,6 +72,12 @@ MODELS: dict[str, AnyModelConfig] = {
     ),
     "transformer, full softmax": TransformerConfig(dim=16, length=20, dropout=0.3, softmax=FullSoftmax()),
     "gru": GruConfig(**SEQUENCE),
+    "gru, many tasks": GruConfig(
+        **SEQUENCE,
+        tasks=TasksConfig(
+            value_weight=0.5, value_range=(0.0, 1.0), event_weight=0.5, events=("click", "buy"), weights="learned"
+        ),
+    ),
     "ncf": NcfConfig(**SEQUENCE, hidden=5),
     "ncf, full softmax": NcfConfig(**{**SEQUENCE, "softmax": FullSoftmax()}, hidden=5),
     "factorisation machine": MachineConfig(**SEQUENCE),

@@ -203,6 +203,7 @@ def _other(key: str, old: Any) -> Any:
     words: dict[str, Any] = {"name": "other", "source": "ml-1m", "windows": "last", "download": "float16"}
     words |= {"statistics": {"lag": 3}, "promotion_margin": 0.1, "distil": {"steps": 3}}
     words |= {"student": {"model": {"kind": "spectral"}}, "rehearsal": {"share": 0.2}, "drift": {"speed": 3.0}}
+    words |= {"tasks": {"value_weight": 0.5}, "start": {"registry": "elsewhere"}}
     words |= {"ewc": {"decay": 0.1}, "curriculum": {"start": 0.1}, "dropout": 0.15}
     words |= {"tiers": {"share": 0.2}}
     if key in words or key in ("kind", "mode"):

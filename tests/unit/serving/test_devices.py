@@ -17,8 +17,8 @@ from fedrec.models.compress import read_device
 from fedrec.models.configs import AnyModelConfig, FactorisationConfig, TransformerConfig
 from fedrec.models.recommender import get_params
 from fedrec.random import Key
-from fedrec.server.export import export
 from fedrec.server.registry import Registry, Release
+from fedrec.serving.devices import export
 from tests.unit.server.test_recommend import CATALOG, N
 
 CONFIG = TransformerConfig(dim=16, length=8)

@@ -67,7 +67,7 @@ def export(release: Release, path: Path, kind: Format = "device", bits: int = 8,
     if keep != 1.0:
         config, params = prune(config, params, keep)
     if kind == "onnx":
-        from fedrec.models.onnx import to_onnx
+        from fedrec.serving.export import to_onnx
 
         data = to_onnx(config, params).SerializeToString()
     else:

@@ -1,0 +1,1 @@
+"""Releases in other shapes: files for devices, graphs for other runtimes."""
