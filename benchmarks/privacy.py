@@ -33,8 +33,8 @@ Points = dict[str, dict[float, list[float]]]
 """Of each recommender and epsilon (infinite: no noise) what every seed gave."""
 
 
-def measure(quick: bool) -> list[Row]:
-    """Measure every budget on both data sets, and draw the curves."""
+def measure(quick: bool, fits: bool = True) -> list[Row]:
+    """Measure every budget on both data sets, and draw the curves; without `fits` what is made of statistics alone."""
     torch.set_num_threads(1)
     rows: list[Row] = []
     found: dict[str, Points] = {}
@@ -52,7 +52,7 @@ def measure(quick: bool) -> list[Row]:
         bench, points = Bench(dataset), found.setdefault(name, {})
         rows += _private(name, bench, points, quick)
         rows += _traffic(name, bench, quick)
-        if not quick:
+        if fits and not quick:
             rows += _fits(name, bench, points)
             rows += _exact(name, bench, points)
     if not quick:
@@ -193,4 +193,6 @@ def _ends(scores: Sequence[float], low: Callable[..., float], high: Callable[...
 
 
 if __name__ == "__main__":
-    sys.exit(run("privacy", __doc__ or "", measure))
+    given = sys.argv[1:]
+    taken = [argument for argument in given if argument != "--statistics"]  # leaves the fits and exact models out
+    sys.exit(run("privacy", __doc__ or "", lambda quick: measure(quick, taken == given), taken, given))
