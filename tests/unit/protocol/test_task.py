@@ -32,7 +32,7 @@ def test_the_kind_decides_what_is_read(raw: dict[str, Any], expected: AnyTask) -
 @pytest.mark.parametrize(
     ("raw", "match"),
     [
-        ({"kind": "dream", "window": LAST}, "'fit', 'count', 'cooccurrence', 'evaluate'"),
+        ({"kind": "dream", "window": LAST}, "'fit', 'fisher', 'count', 'cooccurrence', 'evaluate'"),
         ({"window": LAST}, "kind"),
         ({"kind": "fit", "window": LAST, "locl": {}}, "locl"),
         ({"kind": "fit", "window": LAST, "local": {"steps": 0}}, "steps"),

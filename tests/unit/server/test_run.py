@@ -48,7 +48,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Reg
 def test_a_run_leaves_a_checkpoint_and_a_report_in_a_numbered_folder(tmp_path: Path) -> None:
     document, registry = simulated(EXPERIMENT, DATASET, tmp_path)
     folder = tmp_path / "runs" / "small" / "001"
-    assert {path.name for path in folder.iterdir()} == {CHECKPOINT, REPORT, "report.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        CHECKPOINT,
+        f"{CHECKPOINT}.previous",
+        REPORT,
+        "report.json",
+    }
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == json.loads(json.dumps(document))
     assert document["run"] == "small/001"
     assert document["experiment_digest"] == EXPERIMENT.digest()
@@ -99,14 +104,24 @@ def test_resuming_with_another_experiment_or_other_data_is_refused(tmp_path: Pat
         simulate(EXPERIMENT, dataset=dataset_of(small_rows(seed=1)), resume=True, **places)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_where_the_last_checkpoint_is_damaged_a_run_goes_on_from_the_one_before_and_says_so(
+    tmp_path: Path, whole: tuple[dict[str, Any], Registry]
+) -> None:
     places = {"runs": tmp_path / "runs", "registry": tmp_path / "registry", "dataset": DATASET}
     with pytest.raises(Stop):
-        simulate(EXPERIMENT, observe=stop_at("round", 3), **places)
+        simulate(EXPERIMENT, observe=stop_at("evaluate", 2), **places)
     path = tmp_path / "runs" / "small" / "001" / CHECKPOINT
-    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    for damaged in (path, path.with_name(f"{CHECKPOINT}.previous")):
+        bytes_before = damaged.read_bytes()
+        damaged.write_bytes(bytes_before[:-1] + bytes([bytes_before[-1] ^ 1]))
     with pytest.raises(RegistryError, match=r"^The checkpoint '.*' is damaged"):
         simulate(EXPERIMENT, resume=True, **places)
+    damaged.write_bytes(bytes_before)
+    events: list[Event] = []
+    document, _ = simulate(EXPERIMENT, resume=True, observe=events.append, **places)
+    notes = [event.record["text"] for event in events if event.kind == "note"]
+    assert any("the run goes on from the one before it" in note for note in notes)
+    assert [one["digest"] for one in document["releases"]] == [one["digest"] for one in whole[0]["releases"]]
 
 
 def test_data_that_knows_only_an_order_cannot_be_cut_by_time_and_nothing_is_written(tmp_path: Path) -> None:
