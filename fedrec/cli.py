@@ -197,6 +197,24 @@ def recommend(
 
 
 @app.command()
+def serve(
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; the default is this machine alone.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any that is free.")] = 8080,
+    student: Annotated[bool, typer.Option("--student", help="Serve the release's small student for devices.")] = False,
+    registry: RegistryOption = Path("runs/registry"),
+) -> None:
+    """Answer requests for recommendations over HTTP from the current release, until told to end."""
+    _need("torch", "starlette", "uvicorn")
+    from fedrec.server.registry import Registry
+    from fedrec.serving.http import Served
+    from fedrec.serving.http import serve as listen
+
+    listen(Served(Registry(registry), student), host, port, lambda line: print(line, flush=True))
+
+
+@app.command()
 def node(
     folder: Annotated[Path, typer.Argument(help="The node's folder, as the server's `init` or `add-node` wrote it.")],
     data: Annotated[

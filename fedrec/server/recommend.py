@@ -43,44 +43,61 @@ class Recommendations:
     items: tuple[Recommended, ...]
 
 
+class Recommending:
+    """A release that is ready to answer: its model is restored once, however often it is asked; safe across threads."""
+
+    def __init__(self, release: Release, student: bool = False) -> None:
+        """Restore the model of a release, or its device student.
+
+        Raises:
+            RegistryError: a student is asked for, and there is none.
+        """
+        self.release, self.student = release, student
+        document, params = release.manifest.model, release.params
+        if student:
+            if release.manifest.student is None or release.student is None:
+                raise RegistryError(
+                    f"Release {release.version} has no device student; train with a table [training.student], or leave "
+                    "out --student."
+                )
+            document, params = release.manifest.student["model"], release.student
+        self._config: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(document)
+        self._params = params
+        self._model = restore(self._config, release.manifest.n_items, params)
+
+    def recommend(
+        self, history: Sequence[str], k: int, exclude: Sequence[str] = (), why: bool = False
+    ) -> Recommendations:
+        """Return the k best items that are neither in the history nor excluded.
+
+        Args:
+            history: item ids, oldest first; may be empty.
+            k: how many items.
+            exclude: further item ids that are not wanted.
+            why: also say what each item of the history adds to each score.
+
+        Raises:
+            UnknownItem: the release's catalogue does not hold an id.
+        """
+        catalog = self.release.catalog
+        numbers, unwanted = catalog.numbers(history), catalog.numbers(exclude)
+        scores = score_all(self._model, histories_of([numbers], self._model.spec))[0]
+        scores[numbers] = scores[unwanted] = -np.inf
+        best = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if np.isfinite(scores[i])]
+        told: list[Explanation | None] = [None] * len(best)
+        if why:
+            told = [*explain(self._config, self._params, numbers, best, catalog.ids, catalog.attributes)]
+        return Recommendations(
+            tuple(catalog.titles[i] for i in numbers),
+            tuple(
+                Recommended(rank, catalog.ids[i], catalog.titles[i], catalog.attributes[i], float(scores[i]), reason)
+                for rank, (i, reason) in enumerate(zip(best, told, strict=True), start=1)
+            ),
+        )
+
+
 def recommend(
     release: Release, history: Sequence[str], k: int, student: bool = False, why: bool = False
 ) -> Recommendations:
-    """Return the k best items that are not in the history.
-
-    Args:
-        release: from the registry.
-        history: item ids, oldest first; may be empty.
-        k: how many items.
-        student: ask the device student that was published beside the release.
-        why: also say what each item of the history adds to each score.
-
-    Raises:
-        RegistryError: a student is asked for, and there is none.
-        UnknownItem: the release's catalogue does not hold an id.
-    """
-    numbers = release.catalog.numbers(history)
-    document, params = release.manifest.model, release.params
-    if student:
-        if release.manifest.student is None or release.student is None:
-            raise RegistryError(
-                f"Release {release.version} has no device student; train with a table [training.student], or leave out "
-                "--student."
-            )
-        document, params = release.manifest.student["model"], release.student
-    config: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(document)
-    model = restore(config, release.manifest.n_items, params)
-    scores = score_all(model, histories_of([numbers], model.spec))[0]
-    scores[numbers] = -np.inf
-    best = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if np.isfinite(scores[i])]
-    catalog = release.catalog
-    told: list[Explanation | None] = [None] * len(best)
-    if why:
-        told = [*explain(config, params, numbers, best, catalog.ids, catalog.attributes)]
-    return Recommendations(
-        tuple(catalog.titles[i] for i in numbers),
-        tuple(
-            Recommended(rank, catalog.ids[i], catalog.titles[i], catalog.attributes[i], float(scores[i]), reason)
-            for rank, (i, reason) in enumerate(zip(best, told, strict=True), start=1)
-        ),
-    )
+    """Ask a release once; arguments and errors as those of `Recommending`."""
+    return Recommending(release, student).recommend(history, k, why=why)

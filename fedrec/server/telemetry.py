@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -32,6 +32,15 @@ METRICS = {
     "fedrec_restarts": ("gauge", "Times that this process started something again."),
     "fedrec_up": ("gauge", "1 while the SuperLink runs."),
 }
+
+
+def exposition(metrics: Mapping[str, tuple[str, str]], values: Mapping[str, float]) -> str:
+    """Return the metrics that have a value in Prometheus' text format; `metrics` gives each one's type and help."""
+    lines: list[str] = []
+    for name, (kind, help_) in metrics.items():
+        if name in values:
+            lines += [f"# HELP {name} {help_}", f"# TYPE {name} {kind}", f"{name} {values[name]:.17g}"]
+    return "\n".join(lines) + "\n"
 
 
 class Telemetry:
@@ -68,12 +77,7 @@ class Telemetry:
 
     def text(self) -> str:
         """Return the metrics as Prometheus reads them."""
-        values = self.values()
-        lines: list[str] = []
-        for name, (kind, help_) in METRICS.items():
-            if name in values:
-                lines += [f"# HELP {name} {help_}", f"# TYPE {name} {kind}", f"{name} {values[name]:.17g}"]
-        return "\n".join(lines) + "\n"
+        return exposition(METRICS, self.values())
 
     def health(self) -> tuple[bool, dict[str, Any]]:
         """Return whether the server is up, and where it stands."""
