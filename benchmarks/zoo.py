@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.private_choices import CHOICES
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.random import Key
@@ -14,11 +15,11 @@ from fedrec.random import Key
 TEXTLESS = ("amazon-video", "amazon-beauty")
 """Data sets whose items have no titles."""
 SEQUENCE: dict[str, Any] = {"dim": 64, "length": 50, "softmax": {"kind": "sampled", "negatives": 256}}
-TEXT: dict[str, Any] = {**SEQUENCE, "kind": "text_transformer", "residual": 32}
-FEATURES: dict[str, Any] = {"encoder": "wordllama", "rank": 128, "fourier": 0}
+FEATURES: dict[str, Any] = {"encoder": "wordllama", "rank": 256, "fourier": 0}
+TEXT: dict[str, Any] = {**SEQUENCE, "kind": "text_transformer", "residual": 8, "features": FEATURES}
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {**SEQUENCE, "kind": "transformer"},
-    "text_transformer": {**TEXT, "features": FEATURES},
+    "text_transformer": TEXT,
     "gru": {**SEQUENCE, "kind": "gru"},
     "ncf": {**SEQUENCE, "kind": "ncf"},
     "factorisation_machine": {**SEQUENCE, "kind": "factorisation_machine"},
@@ -27,7 +28,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "nearest": {"kind": "nearest", "features": FEATURES},
     "spectral": {"kind": "spectral", "item_rank": 240, "feature_rank": 256},
 }
-"""Settings that are the same for all data sets: defaults, and what `simulations/ml100k_leave_one_out.toml` chose."""
+"""Settings that are the same for all data sets: defaults, and what `simulations/ml100k_leave_one_out.toml` chose; the
+spectral ones of MovieLens are those of `benchmarks.private_choices` without noise."""
+WIDE = ("amazon-beauty", "amazon-video", "movietweetings-100k")
+"""Data sets with more items than a statistic of pairs may have."""
 MADE = ("nearest", "spectral")
 """Models that no round trains."""
 COHORT = {"ml-100k": 32, "ml-1m": 96, "amazon-video": 64, "amazon-beauty": 128, "movietweetings-100k": 96}
@@ -63,22 +67,34 @@ def experiment_for(
         "base": {"rounds": 0 if made else rounds, "warmup": min(75, rounds // 4), "final": 0.01},
         "later": {"rounds": 0},
     }
+    settings = {**MODELS[kind], **(model or {})}
     if kind == "spectral":
-        feature_share = 0.0 if source == "amazon-video" else 0.2
-        features = {"encoder": "hashed" if source in TEXTLESS else "wordllama", "rank": 256, "fourier": 0}
-        pairs = {"item_share": 0.78, "feature_share": feature_share, "count_share": 0.02, "features": features}
-        training["statistics"] = pairs
+        settings, training["statistics"] = _spectral(source, settings)
     document: dict[str, Any] = {
         "name": f"zoo-{source}-{kind}".replace("_", "-"),
         "seed": seed,
         "data": {"source": source},
         "split": {"kind": "leave_one_out"},
-        "model": {**MODELS[kind], **(model or {})},
+        "model": settings,
         "training": training,
         "evaluation": {"local_only": {"people": local_only}, "ks": [10]},
         "runtime": {"checkpoint_every": 500},
     }
     return Experiment.parse({**document, **changes})
+
+
+def _spectral(source: str, settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return settings of the model and of its statistic."""
+    if source in CHOICES:
+        choice = CHOICES[source][None]
+        items, _, counts = choice.shares
+        shares = {"item_share": items / (1 - counts), "feature_share": 1 - items / (1 - counts)}
+        return choice.model.model_dump(), {**shares, "features": choice.features.model_dump()}
+    if source in WIDE:  # too many items for a statistic of pairs
+        features = {"encoder": "hashed" if source in TEXTLESS else "wordllama", "rank": 512}
+        shares = {"sketch": "features", "item_share": 0.0, "feature_share": 1.0}
+        return {**settings, "item_rank": 0, "feature_rank": 512}, {**shares, "features": features}
+    return settings, {"item_share": 0.8, "feature_share": 0.2, "features": FEATURES}
 
 
 def questions(dataset: Dataset, people: int) -> tuple[list[list[int]], list[int]]:

@@ -1,0 +1,290 @@
+"""What text and pre-training are good for: adapters against full fine-tuning, newcomers, another domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.asking import Questions, estimate, gains, over_seeds, people, scores_of
+from benchmarks.harness import Row, claim, unclaimed
+from benchmarks.kept import Made, Shelf
+from benchmarks.private_fits import FITS
+from benchmarks.zoo import experiment_for
+from fedrec.data.cleaning import Dataset
+from fedrec.data.features import item_features
+from fedrec.data.log import InteractionLog
+from fedrec.data.sources import load_dataset
+from fedrec.models.configs import NearestConfig, TextTransformerConfig
+from fedrec.models.freeze import trainable
+from fedrec.params import Params, n_values
+
+UNIT = "NDCG@10"
+ROUNDS = {"ml-100k": 1500, "ml-1m": 1500, "amazon-video": 1000, "amazon-beauty": 1000, "movietweetings-100k": 600}
+ADAPTERS: dict[str, Any] = {"train": "adapters", "lora": 4}
+EVERYTHING: dict[str, Any] = {"train": "all"}
+KEEPS, MOST_SENT = 0.95, 0.05
+"""What adapters must keep of full fine-tuning, and what share of the parameters they may send."""
+EPSILON, DELTA = 8.0, 1e-5
+NEW_PEOPLE = (1, 3, 5, 10)
+NEW_SHARE, TIMES = 0.1, 3.0
+"""Share of the catalogue, and of the people, that training does not see; what new items must reach, in multiples of
+popularity by genre."""
+HERE = 100
+"""Rounds after the transfer."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is measured.
+
+    Attributes:
+        shelf: makes and keeps runs.
+        seeds: of trained models, where they are cheap.
+        quick: only to see that it works.
+    """
+
+    shelf: Shelf
+    seeds: tuple[int, ...] = (1,)
+    quick: bool = False
+
+    def rounds(self, source: str) -> int:
+        """Return how many rounds a model is trained on a data set."""
+        return 60 if self.quick else ROUNDS[source]
+
+    @property
+    def judge(self) -> Callable[[str, float, str, str, float], Row]:
+        """`claim`, or `unclaimed` in a quick run."""
+        return unclaimed if self.quick else claim
+
+
+Measure = Callable[[Setting], list[Row]]
+
+
+def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
+    """Begin with weights of another domain; train everything, or adapters alone, without and with privacy."""
+    dataset = load_dataset(source)
+    before = setting.shelf.run(
+        experiment_for(elsewhere, "text_transformer", setting.rounds(elsewhere)), load_dataset(elsewhere)
+    )
+    start = {"registry": str(before.registry)}
+    rows, found, private = [], {}, {}
+    for name, model in (("full fine-tuning", EVERYTHING), ("adapters", ADAPTERS)):
+        exact, noised = [], []
+        for seed in setting.seeds:
+            wanted = experiment_for(
+                source, "text_transformer", setting.rounds(source), seed=seed, model=model, start=start
+            )
+            exact.append(setting.shelf.run(wanted, dataset))
+            noised.append(setting.shelf.run(_private(source, seed, model, start, setting), dataset))
+        found[name] = [one.value() for one in exact]
+        private[name] = [one.value() for one in noised]
+        head = f"{source}: {name} from {elsewhere}"
+        rows += over_seeds(head, found[name], UNIT)
+        rows += over_seeds(f"{head}, epsilon {EPSILON:g}", private[name], UNIT)
+        rows += _sent(head, exact[0], setting if name == "adapters" else None)
+        rows.append(Row(f"{head}, processor time", exact[0].seconds, "s"))
+    here = experiment_for(source, "text_transformer", 0, start=start)
+    rows.append(Row(f"{source}: from {elsewhere}, no round here", setting.shelf.run(here, dataset).value(), UNIT))
+    rows.append(Row(f"{source}: popularity", exact[0].value("popularity"), UNIT))
+    kept = float(np.mean(found["adapters"]) / np.mean(found["full fine-tuning"]))
+    bound = float(np.mean(private["full fine-tuning"]))
+    words = f"{source}: adapters at epsilon {EPSILON:g}, against full fine-tuning"
+    return [
+        *rows,
+        setting.judge(f"{source}: adapters, share of the quality of full fine-tuning", kept, "ratio", ">=", KEEPS),
+        setting.judge(words, float(np.mean(private["adapters"])), UNIT, ">=", bound),
+    ]
+
+
+def _private(source: str, seed: int, model: dict[str, Any], start: dict[str, Any], setting: Setting) -> Any:
+    """Return a short fit under noise; popularity counts get a hundredth of the budget."""
+    rounds = 10 if setting.quick else int(FITS["base"]["rounds"])
+    people_there = load_dataset(source).log.n_users
+    rate = float(FITS["cohort"]["expected"]) / people_there
+    budget = {
+        "mode": "central", "epsilon": EPSILON, "delta": DELTA, "noise": "seed", "metrics": "research",
+        "fit": rate * math.sqrt(rounds / 0.99), "count": 10.0,
+    }  # fmt: skip
+    training = {
+        **FITS,
+        "server": {"kind": "adam", "learning_rate": PRIVATE_RATE},
+        "base": {**FITS["base"], "rounds": rounds},
+        "later": {"rounds": 0},
+    }
+    return experiment_for(
+        source, "text_transformer", rounds, seed=seed, model=model, start=start, training=training, privacy=budget
+    )
+
+
+PRIVATE_RATE = 1e-3
+"""The server's step size under noise, for all parameters and for adapters; chosen on validation."""
+
+
+def _sent(head: str, made: Made, judged: Setting | None) -> list[Row]:
+    params = made.release.params
+    sent = n_values({name: params[name] for name in trainable(made.model, params)})
+    rest = n_values({name: value for name, value in params.items() if name != "text"})
+    words = f"{head}, share of all parameters that is trained and sent"
+    share = sent / n_values(params)
+    return [
+        Row(words, share, "share") if judged is None else judged.judge(words, share, "share", "<=", MOST_SENT),
+        Row(f"{head}, the same without the public text vectors", sent / rest, "share"),
+        Row(f"{head}, uploaded by all", made.last["bytes_up"] / 1e6, "MB"),
+    ]
+
+
+def newcomers(source: str, setting: Setting) -> list[Row]:
+    """Train without the newest tenth of the items and a tenth of the people; then ask for either."""
+    whole = newest_last(load_dataset(source))
+    n_old = len(whole.catalog) - round(NEW_SHARE * len(whole.catalog))
+    away, stay = people(whole, NEW_SHARE, 7)
+    seen = _without(whole, stay, n_old)
+    wanted = experiment_for(source, "text_transformer", setting.rounds(source))
+    made = setting.shelf.run(wanted, seen)
+    assert isinstance(wanted.model, TextTransformerConfig)
+    vectors = item_features(whole.catalog, wanted.model.features, n_old)
+    grown = dict(made.release.params)
+    grown["text"] = vectors
+    grown["residual"] = np.pad(grown["residual"], ((0, len(vectors) - n_old), (0, 0)))
+    nearest = NearestConfig(features=wanted.model.features)
+    models = {"text_transformer": (wanted.model, grown), "nearest": (nearest, {"text": vectors})}
+    counts = np.bincount(seen.log.item, minlength=len(vectors))
+    return [
+        *_new_items(source, whole, n_old, models, counts, setting),
+        *_new_people(source, whole, away, n_old, models["text_transformer"], counts, setting),
+    ]
+
+
+def _new_items(
+    source: str,
+    whole: Dataset,
+    n_old: int,
+    models: dict[str, tuple[Any, Params]],
+    counts: NDArray[np.int64],
+    setting: Setting,
+) -> list[Row]:
+    """Ask everybody for the last new item that they took, given all that they took before it."""
+    n, fresh = len(whole.catalog), np.arange(n_old, len(whole.catalog))
+    histories = [whole.log.history(user).tolist() for user in range(whole.log.n_users)]
+    places = [max((p for p, item in enumerate(own) if item >= n_old), default=0) for own in histories]
+    pairs = [(own[:place], own[place]) for own, place in zip(histories, places, strict=True) if place]
+    asked = Questions([own for own, _ in pairs], [target for _, target in pairs])
+    rows = [
+        Row(f"{source}: new items", n - n_old, "items"),
+        Row(f"{source}: people who took a new item", len(asked.targets), "people"),
+    ]
+    genres = np.tile(by_genre(whole, counts, n_old), (len(asked.targets), 1))
+    for words, among in (("among all items", None), ("among the new items", fresh)):
+        base = gains(genres, asked, among)
+        rows += estimate(f"{source}: popularity by genre, new items {words}", base)
+        for kind, (config, params) in models.items():
+            value = gains(scores_of(config, params, n, asked), asked, among)
+            head = f"{source}: {kind}, new items {words}"
+            rows += estimate(head, value)
+            if kind == "text_transformer":
+                bound = round(TIMES * float(base.mean()), 5)
+                rows.append(
+                    setting.judge(f"{head}, against {TIMES:g} times by genre", float(value.mean()), UNIT, ">=", bound)
+                )
+    return rows
+
+
+def by_genre(whole: Dataset, counts: NDArray[np.int64], n_old: int) -> NDArray[np.float32]:
+    """Return [n] how often an old item of each item's genres was taken on average, mean over its genres."""
+    tags = whole.catalog.attribute_matrix
+    taken = tags[:n_old].T @ counts[:n_old] / np.maximum(tags[:n_old].sum(0), 1.0)
+    return np.asarray((tags @ taken) / np.maximum(tags.sum(1), 1.0), np.float32)
+
+
+def _new_people(
+    source: str,
+    whole: Dataset,
+    away: NDArray[np.int64],
+    n_old: int,
+    model: tuple[Any, Params],
+    counts: NDArray[np.int64],
+    setting: Setting,
+) -> list[Row]:
+    """Ask people who never took part for their next old item, when they took 1, 3, 5 and 10 of them."""
+    histories = [[item for item in whole.log.history(int(user)).tolist() if item < n_old] for user in away]
+    histories = [own for own in histories if len(own) > max(NEW_PEOPLE)]
+    old, rows = np.arange(n_old), [Row(f"{source}: new people", len(histories), "people")]
+    for n in NEW_PEOPLE:
+        asked = Questions([own[:n] for own in histories], [own[n] for own in histories])
+        popular = gains(np.tile(counts.astype(np.float32), (len(histories), 1)), asked, old)
+        value = gains(scores_of(*model, len(whole.catalog), asked), asked, old)
+        words = f"{source}: text_transformer, new people after {n}"
+        rows += estimate(f"{source}: popularity, new people after {n}", popular)
+        rows += estimate(words, value)
+        bound = round(float(popular.mean()), 5)
+        rows.append(setting.judge(f"{words}, against popularity", float(value.mean()), UNIT, ">=", bound))
+    return rows
+
+
+def newest_last(dataset: Dataset) -> Dataset:
+    """Return the items that anybody took, in the order of the year in their title: of ML-1M no times are known here."""
+    taken = np.flatnonzero(np.bincount(dataset.log.item, minlength=len(dataset.catalog)))
+    year = np.array([_year(dataset.catalog.titles[item]) for item in taken])
+    order = taken[np.argsort(year, kind="stable")]
+    number = np.zeros(len(dataset.catalog), np.int32)
+    number[order] = np.arange(len(order), dtype=np.int32)
+    catalog = replace(
+        dataset.catalog,
+        ids=tuple(dataset.catalog.ids[i] for i in order),
+        titles=tuple(dataset.catalog.titles[i] for i in order),
+        attributes=tuple(dataset.catalog.attributes[i] for i in order),
+        first_seen=np.zeros(len(order), np.int64),
+    )
+    return replace(dataset, log=replace(dataset.log, item=number[dataset.log.item]), catalog=catalog)
+
+
+def _year(title: str) -> int:
+    text = title.rstrip()[-5:-1]
+    return int(text) if text.isdigit() else 0
+
+
+def _without(whole: Dataset, stay: NDArray[np.int64], n_old: int) -> Dataset:
+    """Return what these people did with the first `n_old` items."""
+    log = whole.log.take_users(stay)
+    kept = log.item < n_old
+    users = np.repeat(np.arange(log.n_users), log.counts)[kept]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(users, minlength=log.n_users))]).astype(np.int64)
+    left = InteractionLog(
+        offsets, log.item[kept], log.time[kept], log.event[kept], log.value[kept], log.user_ids, log.event_kinds
+    )
+    return replace(whole, log=left.take_users(np.flatnonzero(left.counts >= 3)), catalog=whole.catalog.prefix(n_old))
+
+
+def transfer(source: str, elsewhere: str, setting: Setting) -> list[Row]:
+    """Pre-train on another data set by text alone, and go on here with no round, or with as many as from scratch."""
+    dataset = load_dataset(source)
+    before = setting.shelf.run(
+        experiment_for(elsewhere, "text_transformer", setting.rounds(elsewhere)), load_dataset(elsewhere)
+    )
+    start = {"registry": str(before.registry)}
+    few = 20 if setting.quick else HERE
+    here = setting.shelf.run(experiment_for(source, "text_transformer", 0, start=start), dataset)
+    begun, scratch = [], []
+    for seed in setting.seeds:
+        begun.append(
+            setting.shelf.run(experiment_for(source, "text_transformer", few, seed=seed, start=start), dataset)
+        )
+        scratch.append(setting.shelf.run(experiment_for(source, "text_transformer", few, seed=seed), dataset))
+    after, fresh = ([one.value() for one in runs] for runs in (begun, scratch))
+    popular, head = here.value("popularity"), f"{source}: learnt on {elsewhere}"
+    return [
+        Row(f"{source}: popularity", popular, UNIT),
+        Row(f"{source}: popularity, 95 % interval high", here.value("popularity", part="high"), UNIT),
+        setting.judge(f"{head}, no round here", here.value(), UNIT, ">=", round(popular, 5)),
+        Row(f"{head}, no round here, 95 % interval low", here.value(part="low"), UNIT),
+        *over_seeds(f"{head}, {few} rounds here", after, UNIT),
+        *over_seeds(f"{source}: {few} rounds from scratch", fresh, UNIT),
+        setting.judge(
+            f"{head}, {few} rounds here, against from scratch", float(np.mean(after)), UNIT, ">=", float(np.mean(fresh))
+        ),
+    ]
