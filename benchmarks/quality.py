@@ -45,7 +45,7 @@ def parts() -> dict[str, Measure]:
             found[f"table/{source}/{kind}"] = partial(_personal, source, kind)
     found["best/ml-1m"] = best
     found["adapters/ml-100k"] = partial(foundation.adapters, "ml-100k", "ml-1m")
-    found["adapters/ml-1m"] = partial(foundation.adapters, "ml-1m", "movietweetings-100k")
+    found["adapters/ml-1m"] = partial(foundation.adapters, "ml-1m", "ml-100k")
     found["newcomers/ml-1m"] = partial(foundation.newcomers, "ml-1m")
     found["transfer/movietweetings-100k"] = partial(foundation.transfer, "movietweetings-100k", "ml-1m")
     return found
