@@ -53,7 +53,7 @@ DISTIL: dict[str, Any] = {
     "transfer": {"histories": 512},
 }  # fmt: skip
 TAUGHT: dict[str, Any] = {"statistics": SPECTRAL["training"]["statistics"], "distil": DISTIL}
-STUDENT: dict[str, Any] = {"model": {"kind": "spectral", "item_rank": 80, "feature_rank": 0}}
+STUDENT: dict[str, Any] = {"model": {"kind": "spectral", "item_rank": 80, "feature_rank": 0, "item_power": 0.35}}
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float, float]:

@@ -25,9 +25,9 @@ from fedrec.errors import DataError
 from fedrec.evaluation.continual import Life, matrix, measure
 from fedrec.grid.simulate import simulate
 from fedrec.server.files import load_checkpoint, save_checkpoint
-from fedrec.server.lifelong import Event
 from fedrec.server.run import CHECKPOINT
 from fedrec.server.state import ServerState
+from fedrec.server.work import Event
 
 METRIC = "ndcg@20"
 PARTS = {"train": TRAIN, "valid": VALIDATION, "test": TEST}

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from fedrec.server.lifelong import Event
+    from fedrec.server.work import Event
 
 
 class RunProgress:

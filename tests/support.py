@@ -22,8 +22,8 @@ from fedrec.params import Params
 from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.plan import CensusRequest, RoundPlan
 from fedrec.random import Key
-from fedrec.server.lifelong import Observer
 from fedrec.server.registry import Registry
+from fedrec.server.work import Observer
 
 START = 1_600_000_000
 FEDREC = Path(sys.executable).parent / "fedrec"

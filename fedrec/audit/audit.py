@@ -22,8 +22,8 @@ from fedrec.privacy.events import MatrixEvent
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import UserLevelPrivacy
 from fedrec.random import Key
-from fedrec.server.lifelong import Observer
 from fedrec.server.run import check, cut
+from fedrec.server.work import Observer
 
 DELTA = 1e-5
 """At which delta something is measured of a run that claims nothing."""

@@ -25,11 +25,12 @@ from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
 from fedrec.protocol.identities import SIMULATION
 from fedrec.server.app import GridLink
 from fedrec.server.guard import Guard, guard_of, user_level
-from fedrec.server.lifelong import Desk, Observer, run_stream
+from fedrec.server.lifelong import run_stream
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
 from fedrec.server.start import carried, public_vectors, source_of
 from fedrec.server.state import ServerState
+from fedrec.server.work import Desk, Observer
 
 
 @dataclass(frozen=True)

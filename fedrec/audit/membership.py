@@ -21,7 +21,7 @@ from fedrec.evaluation.attacks import Bound, Detection, detection, one_run_bound
 from fedrec.models.build import restore
 from fedrec.models.recommender import Recommender, score_all
 from fedrec.random import Key
-from fedrec.server.lifelong import Observer
+from fedrec.server.work import Observer
 
 PROBES = 8
 """At so many places of a person's history the model is asked for what came next."""

@@ -21,7 +21,7 @@ from fedrec.privacy.events import AnyEvent, GaussianEvent, MatrixEvent
 from fedrec.privacy.matrix import optimised
 from fedrec.protocol.plan import RoundPlan
 from fedrec.random import Key
-from fedrec.server.lifelong import Observer
+from fedrec.server.work import Observer
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

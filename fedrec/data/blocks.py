@@ -43,8 +43,8 @@ def lay_out(
         block: [n] number of each row's block, from 0.
         part: [n] `TRAIN`, `VALIDATION` or `TEST`.
         name: what to call it.
-        hold: "test" asks for the tests, and validation interactions are known but not trained on; "validation" asks for
-            those and leaves out the tests altogether, for choosing settings.
+        hold: "test" asks for the tests; "validation" leaves those out altogether, asks for the validation interactions
+            and makes as many before them validation, for choosing settings by a whole life.
         titles: item id to title.
         attributes: item id to tags.
 
@@ -52,7 +52,9 @@ def lay_out(
         DataError: a block has nothing to train on or nothing held back.
     """
     n_blocks = int(block.max(initial=0)) + 1
-    asked = part == (TEST if hold == "test" else VALIDATION)
+    if hold == "validation":
+        rows, block, part = _a_part_earlier(rows, block, part)
+    asked = part == TEST
     for number in range(n_blocks):
         if not ((block == number) & asked).any() or not ((block == number) & (part == TRAIN)).any():
             raise DataError(
@@ -60,14 +62,25 @@ def lay_out(
             )
     place = np.arange(len(block))
     time = block * SPAN + np.where(part == VALIDATION, SPAN // 2, 0) + np.where(asked, n_blocks * SPAN, 0) + place
-    time[asked] -= np.where(part[asked] == VALIDATION, SPAN // 2, 0)
-    kept = np.flatnonzero(asked | (part != TEST))
-    cleaned, report = clean(
-        RawRows(rows.user[kept], rows.item[kept], time[kept].astype(np.float64)), now=None, repeats="first"
-    )
+    cleaned, report = clean(RawRows(rows.user, rows.item, time.astype(np.float64)), now=None, repeats="first")
     provenance = {"time_unit": "seconds", "source": "blocks"}
     built = Dataset.build(cleaned, titles or {}, attributes or {}, name=name, report=report, provenance=provenance)
     return Dataset(built.name, built.log, built.catalog, built.report, {**built.provenance, "time_unit": "blocks"})
+
+
+def _a_part_earlier(rows: RawRows, block: Ints, part: Ints) -> tuple[RawRows, Ints, Ints]:
+    """Return the rows without their tests: what was validation is test, and as many before it are validation."""
+    kept = np.flatnonzero(part != TEST)
+    rows, block, part = RawRows(rows.user[kept], rows.item[kept], rows.time[kept]), block[kept], part[kept]
+    _, person = np.unique(rows.user.astype(str), return_inverse=True)
+    _, group = np.unique(person * (int(block.max(initial=0)) + 1) + block, return_inverse=True)
+    held, trained = np.bincount(group[part == VALIDATION], minlength=group.max() + 1), np.flatnonzero(part == TRAIN)
+    trained = trained[np.argsort(group[trained], kind="stable")]
+    ends = np.cumsum(np.bincount(group[trained], minlength=len(held)))
+    back = ends[group[trained]] - np.arange(len(trained))  # 1 for the last of the group
+    moved = np.where(part == VALIDATION, TEST, TRAIN)
+    moved[trained[back <= held[group[trained]]]] = VALIDATION
+    return rows, block, moved
 
 
 def in_blocks(
@@ -125,7 +138,7 @@ def in_blocks(
 
 
 def block_slices(dataset: Dataset, n_blocks: int, refit: Refit = "no") -> tuple[TimeSlice, ...]:
-    """Return the slices of a data set in blocks.
+    """Return the slices of a data set in blocks; what one keeps for validation, the next one trains on.
 
     Args:
         dataset: what `lay_out` returned.
@@ -145,7 +158,7 @@ def block_slices(dataset: Dataset, n_blocks: int, refit: Refit = "no") -> tuple[
     return tuple(
         TimeSlice(
             index=i,
-            train=TimeWindow(start=i * SPAN, end=i * SPAN + SPAN // 2),
+            train=TimeWindow(start=max(0, i * SPAN - SPAN // 2), end=i * SPAN + SPAN // 2),
             test=life[i],
             n_items=dataset.catalog.n_items_at((i + 1) * SPAN),
             n_items_test=len(dataset.catalog),

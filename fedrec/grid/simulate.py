@@ -19,9 +19,9 @@ from fedrec.data.sources import load_dataset
 from fedrec.grid.in_process import SERVER_NODE_ID, InProcessGrid
 from fedrec.protocol.identities import SIMULATION
 from fedrec.server.app import GridLink, server_app
-from fedrec.server.lifelong import Observer
 from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, check, run_experiment
+from fedrec.server.work import Observer
 
 LEDGERS = "ledgers"
 DEFAULT_RUNS, DEFAULT_REGISTRY = Path("runs"), Path("runs/registry")

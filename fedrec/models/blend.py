@@ -20,6 +20,9 @@ from fedrec.models.transformer import Transformer
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
+RIDGE = 1e-3
+"""Of the map from the prior's rows to item vectors, in mean squares of the rows."""
+
 
 class Blend(Recommender):
     r"""``s_ui = prior_ui + w fitted_ui / sigma_u``: the fitted scores have spread 1 over the items for each person.
@@ -119,9 +122,7 @@ def started(prior: Params, fresh: Params, config: BlendConfig) -> dict[str, Arra
     the first scores have the temperature that the model was made for. Items of which the prior knows nothing keep
     their fresh vectors.
     """
-    rows = np.concatenate(
-        [config.prior.item_weight * prior["items"], config.prior.feature_weight * prior["features"]], axis=1
-    )
+    rows = _scoring_rows(prior, config)
     item, dim = fresh["item"].copy(), config.fitted.dim
     known = np.flatnonzero(np.abs(rows).sum(axis=1) > 0)
     if len(known) == 0:
@@ -133,3 +134,34 @@ def started(prior: Params, fresh: Params, config: BlendConfig) -> dict[str, Arra
     item[known] = 0.0
     item[known, : reduced.shape[1]] = reduced * np.float32(scale)
     return {**fresh, "item": item}
+
+
+def joined(prior: Params, fitted: Params, n_before: int, config: BlendConfig) -> dict[str, Array]:
+    r"""Return the fitted parameters with the items that have just joined where the prior has them.
+
+    .. math:: v_i = r_i W, \qquad W = \arg\min_W \sum_{j < n} |v_j - r_j W|^2 + \lambda |W|^2
+
+    with r the prior's scoring rows and n the items of before: the map that is true for those is good for the new ones.
+    Items of which the prior knows nothing keep their fresh vectors.
+
+    Args:
+        prior: of the spectral model, all items.
+        fitted: of the fitted model, all items.
+        n_before: n.
+        config: of the blend.
+    """
+    rows, item = _scoring_rows(prior, config).astype(np.float64), fitted["item"].copy()
+    new = n_before + np.flatnonzero(np.abs(rows[n_before:]).sum(axis=1) > 0)
+    if len(new) == 0 or n_before == 0:
+        return dict(fitted)
+    old = rows[:n_before]
+    square = old.T @ old
+    square += (RIDGE * np.trace(square) / len(square)) * np.eye(len(square))
+    item[new] = (rows[new] @ np.linalg.solve(square, old.T @ item[:n_before])).astype(item.dtype)
+    return {**fitted, "item": item}
+
+
+def _scoring_rows(prior: Params, config: BlendConfig) -> Array:
+    return np.concatenate(
+        [config.prior.item_weight * prior["items"], config.prior.feature_weight * prior["features"]], axis=1
+    )

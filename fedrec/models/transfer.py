@@ -63,14 +63,15 @@ class StudentConfig(_Settings):
     """Its form. A spectral one needs no layers: the best item vectors of so many numbers."""
     share: float = Field(default=0.1, gt=0, lt=1)
     """It may have at most this share of the release's parameters."""
-    steps: int = Field(default=300, ge=1)
+    steps: int = Field(default=150, ge=1)
     """How many steps it takes."""
     batch: int = Field(default=32, ge=1)
     """How many histories a step looks at."""
     places: int = Field(default=16, ge=1)
     """At how many random places of each."""
-    learning_rate: float = Field(default=3e-3, gt=0)
-    """Of Adam; it falls to a tenth along a cosine."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Of Adam; it falls to a tenth along a cosine. A spectral student begins with the statistic and is good already:
+    longer steps do harm; a transformer needs ten times as much."""
     histories: int = Field(default=2048, ge=1)
     """How many synthetic histories are drawn from the release."""
     length: int = Field(default=30, ge=2)

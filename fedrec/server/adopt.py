@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from fedrec.data.slices import TimeSlice
 from fedrec.evaluation.metrics import private_norm
 from fedrec.models.blend import blended
 from fedrec.models.configs import AnyModelConfig, BlendConfig
 from fedrec.params import Params
-from fedrec.protocol.link import Link
 from fedrec.server.guard import Guard
 from fedrec.server.judge import Contender, judge, judge_privately
-from fedrec.server.round import Recipe
 from fedrec.server.state import ServerState
+from fedrec.server.work import Work
 
 SURE = 2.0
 """A gain counts if it is more than so many standard deviations of the noise on it."""
@@ -29,13 +27,16 @@ def release_of(state: ServerState, model: AnyModelConfig) -> Params:
     return blended(state.prior, state.released, float(state.adoption.get("weight", 0.0)))
 
 
-def adopted(state: ServerState, model: BlendConfig, time_slice: TimeSlice, link: Link, recipe: Recipe) -> ServerState:
-    """Try the weights of the fitted model on the slice's validation window, and keep the best one that surely helps.
+def adopt(work: Work) -> Work:
+    """Try the weights of a blend's fitted model on the slice's validation window, and keep the best that surely helps.
 
     In a private run every weight that is tried costs one noised release of metrics, whatever `privacy.metrics` says:
     the choice shows in the release.
     """
-    window = time_slice.validation
+    state, time_slice, recipe = work.state, work.time_slice, work.recipe
+    model, window = recipe.experiment.model, time_slice.validation
+    if not isinstance(model, BlendConfig):
+        return work
     if window is None:
         raise ValueError("a blend needs slices that keep a window for validation")
     asked = replace(time_slice, test=window, n_items_test=time_slice.n_items, known=None, life=())
@@ -45,9 +46,9 @@ def adopted(state: ServerState, model: BlendConfig, time_slice: TimeSlice, link:
     }
     popularity = {"counts": state.counts["counts"]}
     if recipe.guard is None:
-        verdict = judge(contenders, asked, link, recipe, popularity)
+        verdict = judge(contenders, asked, work.trusted, recipe, popularity)
     else:
-        verdict = judge_privately(recipe.guard, contenders, asked, link, recipe, popularity)
+        verdict = judge_privately(recipe.guard, contenders, asked, work.trusted, recipe, popularity)
     metric = f"ndcg@{recipe.experiment.evaluation.ks[0]}"
     tried = {name: row["all"]["metrics"][metric]["value"] for name, row in verdict["rows"].items()}
     people = max((row["all"]["n"] for row in verdict["rows"].values()), default=0)
@@ -55,7 +56,7 @@ def adopted(state: ServerState, model: BlendConfig, time_slice: TimeSlice, link:
     weight = best((0.0, *model.weights), tried, margin)
     overhead = {part: state.overhead[part] + verdict.get(part, 0) for part in state.overhead}
     adoption = {"weight": weight, "metric": metric, "tried": tried, "margin": margin}
-    return state.advanced(adoption=adoption, overhead=overhead)
+    return work.advanced(adoption=adoption, overhead=overhead)
 
 
 def best(weights: tuple[float, ...], tried: Mapping[str, float], margin: float) -> float:

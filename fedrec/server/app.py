@@ -17,9 +17,9 @@ from fedrec.protocol.flower import from_record, to_record
 from fedrec.protocol.link import Reply, Verb
 from fedrec.server.deployed import run_deployed
 from fedrec.server.deployment import DeploymentFolder
-from fedrec.server.lifelong import Event
 from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, check, run_experiment
+from fedrec.server.work import Event
 
 MESSAGE_TYPES: Mapping[Verb, str] = {
     "census": "query.census",

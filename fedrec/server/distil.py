@@ -10,7 +10,7 @@ Source: Hinton, Vinyals and Dean, 2015 (soft targets); ensemble distillation of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -194,19 +194,46 @@ def step(
     return params | moved, memory, float(loss.detach())
 
 
+@dataclass(frozen=True)
+class Taught:
+    """A student after so many steps.
+
+    Attributes:
+        done: how many.
+        params: its parameters.
+        memory: of its optimizer.
+        loss: before the last step.
+    """
+
+    done: int
+    params: dict[str, Array]
+    memory: dict[str, Array]
+    loss: float
+
+
 def distilled(
     student: Recommender,
     teachers: Sequence[Teacher],
     histories: NDArray[np.int64],
     key: Key,
     settings: DistilConfig,
-) -> tuple[Recommender, list[float]]:
-    """Take all steps at once: return the student as the teachers left it, and its loss before each step."""
-    memory: Params = {}
-    losses: list[float] = []
-    for number in range(settings.steps):
+    done: int = 0,
+    memory: Params | None = None,
+) -> Iterator[Taught]:
+    """Teach a student in place, and yield how it stands after each step: a function of the key and of where it stood.
+
+    Args:
+        student: with the parameters that `done` steps left.
+        teachers: who is asked.
+        histories: [n, l] the transfer set.
+        key: where all randomness comes from.
+        settings: how many steps, and how long they are.
+        done: steps that were taken before.
+        memory: of the optimizer after those.
+    """
+    memory = memory or {}
+    for number in range(done, settings.steps):
         one = lesson(histories, teachers, settings, key.child("step", number), student.n_items)
         params, memory, loss = step(student, memory, one, settings, number)
         set_params(student, params)
-        losses.append(loss)
-    return student, losses
+        yield Taught(number + 1, params, memory, loss)

@@ -7,12 +7,15 @@ their state in objects that only pickle can store, which this house does not rea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedrec.config import Experiment
 from fedrec.errors import PrivacyError
 from fedrec.models.transfer import DriftConfig
 from fedrec.privacy.settings import NoPrivacy
+
+if TYPE_CHECKING:
+    from fedrec.server.work import Work
 
 
 def page_hinkley(values: Sequence[float], tolerance: float) -> list[float]:
@@ -74,6 +77,13 @@ def watched(
         "alarm": alarm,
         "speed": settings.speed if alarm else 1.0,
     }
+
+
+def watch(work: Work) -> Work:
+    """Note what the trial says of drift, in the release's record."""
+    settings, k = work.recipe.experiment.training.drift, work.recipe.experiment.evaluation.ks[0]
+    found = None if settings is None else watched(work.state.releases, work.verdict["rows"], settings, k)
+    return work.noted(drift=found)
 
 
 def _signal(rows: Mapping[str, Any], metric: str) -> float | None:

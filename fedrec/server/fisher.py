@@ -10,35 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.data.slices import TimeSlice
 from fedrec.models.build import trained
 from fedrec.models.freeze import trainable
 from fedrec.params import Array, Params
-from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.task import FisherTask
 from fedrec.server.gather import Ask, gather
 from fedrec.server.private import private_gather
-from fedrec.server.round import Recipe, take_census
+from fedrec.server.round import take_census
 from fedrec.server.state import ServerState
+from fedrec.server.work import Work
 
 
-def weighed(state: ServerState, link: Link, before: TimeSlice, recipe: Recipe) -> ServerState:
+def weigh(work: Work) -> Work:
     """Ask everybody in the last slice what matters of the last release, and add it to what mattered before.
 
-    Args:
-        state: as the last slice left it.
-        link: how to reach the nodes.
-        before: the last slice.
-        recipe: the experiment; without `training.ewc` nobody is asked.
+    Only where `training.ewc` wants it, and before a slice begins.
 
     Raises:
         BudgetExhausted: a private run cannot pay for it; nothing was sent.
         RunError: every node that was asked failed.
     """
+    state, before, recipe = work.state, work.before, work.recipe
     settings = recipe.experiment.training.ewc
-    if settings is None or not state.released:
-        return state
+    if settings is None or before is None or not state.released or state.counted != work.time_slice.index:
+        return work
     model = trained(recipe.experiment.model)
     params = {name: state.released[name] for name in trainable(model, state.released)}
     task = FisherTask(window=before.fit or before.train, clip_norm=settings.clip_norm)
@@ -49,9 +45,9 @@ def weighed(state: ServerState, link: Link, before: TimeSlice, recipe: Recipe) -
             before.index, 0, task, model, before.n_items, state.released, key, recipe.catalog_digest, slots
         )
 
-    roster = take_census(link, task.window, recipe)
+    roster = take_census(work.link, task.window, recipe)
     shapes = {name: (value.shape, value.dtype) for name, value in params.items()}
-    ask = Ask(link, roster, plan_for, shapes, recipe.experiment.training.timeout_seconds)
+    ask = Ask(work.link, roster, plan_for, shapes, recipe.experiment.training.timeout_seconds)
     guard = recipe.guard
     if guard is None:
         got = gather(ask, ask.everybody, settings.clip_norm)
@@ -60,7 +56,7 @@ def weighed(state: ServerState, link: Link, before: TimeSlice, recipe: Recipe) -
         mechanism = guard.mechanism(guard.settings.fisher, settings.clip_norm)
         got = private_gather(guard, fisher_name(before.index), mechanism, 1.0, guard.people(before.index), ask)
         mean = dict(got.sums)
-    return state.advanced(fisher=accumulated(state.fisher, mean, params, settings.decay))
+    return work.advanced(fisher=accumulated(state.fisher, mean, params, settings.decay))
 
 
 def fisher_name(index: int) -> str:

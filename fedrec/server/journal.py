@@ -12,7 +12,7 @@ from typing import Any
 
 from fedrec.server.deployment import LOG, DeploymentFolder
 from fedrec.server.files import refusal, write_atomically
-from fedrec.server.lifelong import Event
+from fedrec.server.work import Event
 
 AUDIT, STATUS, OUTCOME, PROCESS = "audit.jsonl", "status.json", "outcome.json", "serverapp.json"
 

@@ -29,8 +29,9 @@ from fedrec.protocol.link import Link
 from fedrec.server.drift import check_drift
 from fedrec.server.files import load_last_good, make_folder, save_checkpoint
 from fedrec.server.guard import Guard, guard_of, planned, user_level
-from fedrec.server.lifelong import Desk, Event, Observer, privacy, run_stream
+from fedrec.server.lifelong import run_stream
 from fedrec.server.local import local_mode
+from fedrec.server.publish import privacy
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe, take_census
 from fedrec.server.signed import SignedLink
@@ -39,6 +40,7 @@ from fedrec.server.state import ServerState
 from fedrec.server.student import check_student
 from fedrec.server.teach import check_distil
 from fedrec.server.tiers import check_tiers
+from fedrec.server.work import Desk, Event, Observer
 
 MOST_PAIRED = 8_192
 """Items of which a statistic of all pairs is still gathered: 134 MB."""

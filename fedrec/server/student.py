@@ -1,9 +1,12 @@
 """A small recommender for devices: what a release says, in at most a tenth of its parameters.
 
-It is taught by the release alone, on histories that are drawn from it, so it costs no privacy beyond the release.
+It begins with the statistic, which was released before, and is taught by the release on histories that are drawn from
+it: post-processing, so it costs no privacy.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,10 +24,13 @@ from fedrec.models.recommender import Recommender, get_params, set_params
 from fedrec.models.transfer import StudentConfig
 from fedrec.params import Array, Params
 from fedrec.random import Key
+from fedrec.server.adopt import release_of
+from fedrec.server.begin import statistic_features
 from fedrec.server.distil import Teacher, distilled, had_before, matched_temperature
 from fedrec.server.release import Student
-from fedrec.server.spectral import popularity
+from fedrec.server.spectral import popularity, spectral_params
 from fedrec.server.synthetic import Source, first_shares, sample_histories
+from fedrec.server.work import Work
 
 PROBED = 64
 """Histories on which the temperature is found."""
@@ -56,6 +62,34 @@ def check_student(experiment: Experiment, n_items: int) -> None:
         )
 
 
+def make(work: Work) -> Work:
+    """Make the release's device student, a function of the state; with tiers the small devices go on from it."""
+    settings, recipe, state = work.recipe.experiment.training.student, work.recipe, work.state
+    if settings is None:
+        return work
+    tiers, model, n_items = recipe.experiment.training.tiers, recipe.experiment.model, work.time_slice.n_items
+    student = device_student(
+        model,
+        release_of(state, model),
+        state.counts["counts"],
+        settings,
+        n_items,
+        work.key.child("student"),
+        state.small or _of_statistic(work, settings.model),
+        0.0 if tiers is None else tiers.own,
+    )
+    return replace(work if tiers is None else work.advanced(small=student.params), student=student)
+
+
+def _of_statistic(work: Work, config: AnyModelConfig) -> Params:
+    """Return the statistic cut to the student's ranks; empty where there is none, or the student is no such model."""
+    statistic = work.state.statistic
+    if not isinstance(config, SpectralConfig) or "items" not in statistic:
+        return {}
+    features = statistic_features(work, statistic["popular"])
+    return spectral_params(statistic, statistic["counts"], config, features, work.time_slice.n_items)
+
+
 def device_student(
     model: AnyModelConfig,
     params: Params,
@@ -63,7 +97,7 @@ def device_student(
     settings: StudentConfig,
     n_items: int,
     key: Key,
-    trained: Params | None = None,
+    start: Params | None = None,
     own: float = 0.0,
 ) -> Student:
     """Teach a student what a release says.
@@ -75,7 +109,7 @@ def device_student(
         settings: the student's form and how it is taught.
         n_items: size of the catalogue.
         key: where all randomness comes from.
-        trained: parameters that small devices trained, to begin with; None: it is fresh.
+        start: parameters to begin with: what small devices trained, or the statistic; without any, `begun` makes them.
         own: how much it then listens to what it was, beside the release with weight 1.
     """
     release = restore(model, n_items, params)
@@ -90,12 +124,12 @@ def device_student(
         Source(release, temperature), first, settings.histories, settings.length, key.child("histories")
     )
     student = build(settings.model, n_items, key.child("student"))
-    set_params(student, trained or begun(student, release, histories[:512], counts))
+    set_params(student, start or begun(student, release, histories[:512], counts))
     teachers = [Teacher("release", release, 1.0, everything, temperature)]
-    if trained and own:
-        before = restore(settings.model, n_items, trained)
+    if start and own:
+        before = restore(settings.model, n_items, start)
         teachers.append(Teacher("itself", before, own, everything, _temperature(before, probe, settings.entropy)))
-    student, losses = distilled(student, teachers, histories, key, settings.lessons())
+    losses = [now.loss for now in distilled(student, teachers, histories, key, settings.lessons())]
     found = get_params(student)
     own, whole = named.n_bytes(found), named.n_bytes(params)
     facts = {

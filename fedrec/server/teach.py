@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from fedrec.models.recommender import Recommender
 from fedrec.models.transfer import DistilConfig
 from fedrec.params import Params
 from fedrec.random import Key
-from fedrec.server.distil import Teacher, entropy, had_before, lesson, matched_temperature, step
+from fedrec.server.distil import Teacher, distilled, entropy, had_before, matched_temperature
 from fedrec.server.judge import grown
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
 from fedrec.server.state import ServerState
 from fedrec.server.synthetic import Source, first_shares, sample_histories
+from fedrec.server.work import Work
 
 PROBED = 64
 """Histories on which temperatures are matched."""
@@ -76,52 +78,34 @@ def prior_config(experiment: Experiment) -> SpectralConfig | None:
     return distil.prior if distil is not None and distil.statistic else None
 
 
-def taught(
-    state: ServerState,
-    time_slice: TimeSlice,
-    recipe: Recipe,
-    registry: Registry,
-    checkpoint: Callable[[ServerState], None],
-    observe: Callable[[Mapping[str, Any]], None] = lambda record: None,
-) -> ServerState:
-    """Return the state with the fitted model taught by all that the server has, from where `state` stands.
-
-    Args:
-        state: after the rounds of the slice, or in the middle of teaching.
-        time_slice: the slice.
-        recipe: the experiment.
-        registry: holds the previous release.
-        checkpoint: stores the state every so many steps.
-        observe: is told the loss of each step.
-    """
+def teach(work: Work) -> Work:
+    """Let all that the server has teach the fitted model, from where the state stands; stored every so many steps."""
+    state, time_slice, recipe = work.state, work.time_slice, work.recipe
     settings = recipe.experiment.training.distil
     if settings is None or state.lesson.get("done"):
-        return state
-    began = recipe.clock()
-    key = ServerState.root_key(recipe.experiment).child("slice", time_slice.index, "distil")
+        return work
+    began, checkpoint = recipe.clock(), work.desk.checkpoint
+    key = work.key.child("distil")
     if not state.lesson:
         start = state.released
         state = state.advanced(study={f"fitted:{n}": v for n, v in start.items()}, params=start, average={})
     fitted = {name.removeprefix("fitted:"): v for name, v in state.study.items() if name.startswith("fitted:")}
-    models = _models(state, fitted, time_slice, recipe, registry)
+    models = _models(state, fitted, time_slice, recipe, work.desk.registry)
     teachers, report = _calibrated(models, settings, state, key)
     histories = transfer_set(teachers, settings, state, length_of(settings, models["fitted"][0]), key)
     state = state.advanced(lesson={**report, "step": state.lesson.get("step", 0), "loss": state.lesson.get("loss", [])})
     config, every = trained(recipe.experiment.model), recipe.experiment.runtime.checkpoint_every
     wanted = [one for one in teachers if one.weight > 0]
-    student_memory = {n.removeprefix("memory:"): v for n, v in state.study.items() if n.startswith("memory:")}
-    for number in range(state.lesson["step"], settings.steps):
-        one = lesson(histories, wanted, settings, key.child("step", number), time_slice.n_items)
-        student = restore(config, time_slice.n_items, state.params)
-        params, student_memory, loss = step(student, student_memory, one, settings, number)
-        kept = {n: v for n, v in state.study.items() if n.startswith("fitted:")}
+    memory = {n.removeprefix("memory:"): v for n, v in state.study.items() if n.startswith("memory:")}
+    kept = {n: v for n, v in state.study.items() if n.startswith("fitted:")}
+    student = restore(config, time_slice.n_items, state.params)
+    for now in distilled(student, wanted, histories, key, settings, state.lesson["step"], memory):
         state = state.advanced(
-            params=params,
-            study={**kept, **{f"memory:{n}": v for n, v in student_memory.items()}},
-            lesson={**state.lesson, "step": number + 1, "loss": [*state.lesson["loss"], round(loss, 6)]},
+            params=now.params,
+            study={**kept, **{f"memory:{n}": v for n, v in now.memory.items()}},
+            lesson={**state.lesson, "step": now.done, "loss": [*state.lesson["loss"], round(now.loss, 6)]},
         )
-        observe({"slice": time_slice.index, "step": number, "loss": loss})
-        if (number + 1) % every == 0 and number + 1 < settings.steps:
+        if now.done % every == 0 and now.done < settings.steps:
             checkpoint(state)
     spent = {**state.overhead, "seconds": state.overhead["seconds"] + round(recipe.clock() - began, 4)}
     losses = state.lesson["loss"]
@@ -129,7 +113,7 @@ def taught(
         study={}, overhead=spent, lesson={**state.lesson, "done": True, "loss": [losses[0], losses[-1]]}
     )
     checkpoint(state)
-    return state
+    return replace(work, state=state)
 
 
 def length_of(settings: DistilConfig, student: Recommender) -> int:

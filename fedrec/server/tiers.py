@@ -25,6 +25,7 @@ from fedrec.server.gather import Roster
 from fedrec.server.judge import grown, initial
 from fedrec.server.round import Recipe, run_round
 from fedrec.server.state import ServerState
+from fedrec.server.work import Work
 
 
 def check_tiers(experiment: Experiment) -> None:
@@ -65,17 +66,18 @@ def tier_of(experiment: Experiment, small: bool) -> Tier | None:
     return Tier(small=small, share=settings.share, key=key.hex())
 
 
-def begun(state: ServerState, time_slice: TimeSlice, recipe: Recipe) -> ServerState:
-    """Return the state with the small model grown to the slice's catalogue, or fresh in the first."""
+def begin(work: Work) -> Work:
+    """Grow the small model to the slice's catalogue, or make a fresh one in the first; once it is, nothing changes."""
+    state, time_slice, recipe = work.state, work.time_slice, work.recipe
     student = recipe.experiment.training.student
     if recipe.experiment.training.tiers is None or student is None:
-        return state
+        return work
     params: Params = (
         grown(student.model, state.small, time_slice.n_items, recipe)
         if state.small
         else initial(student.model, time_slice.n_items, recipe)
     )
-    return state.advanced(small=params, small_memory=optimizer.grow_memory(state.small_memory, params))
+    return work.advanced(small=params, small_memory=optimizer.grow_memory(state.small_memory, params))
 
 
 def small_round(state: ServerState, link: Link, recipe: Recipe, time_slice: TimeSlice, roster: Roster) -> ServerState:

@@ -35,7 +35,7 @@ def test_windows_hold_what_the_parts_say() -> None:
     first, second = block_slices(dataset, 2)
     assert list(dataset.log.user_ids) == ["a", "b"]
     assert seen(dataset, first.train) == [["1", "2"], ["1"]]
-    assert seen(dataset, second.train) == [["5", "6"], ["5"]]
+    assert seen(dataset, second.train) == [["3", "5", "6"], ["5"]]
     assert seen(dataset, first.test) == [["4"], ["3"]]
     assert seen(dataset, second.test) == [["8"], ["9"]]
     assert first.life == second.life == (first.test, second.test)
@@ -52,7 +52,10 @@ def test_for_choosing_settings_the_tests_are_not_even_there() -> None:
     dataset = lay_out(ROWS, BLOCK, PART, name="two people", hold="validation")
     first, second = block_slices(dataset, 2)
     assert set(dataset.catalog.ids) == {"1", "2", "3", "5", "6", "7"}
+    assert seen(dataset, first.train) == [["1"], ["1"]]
+    assert seen(dataset, first.validation) == [["2"], []]
     assert seen(dataset, first.test) == [["3"], []]
+    assert seen(dataset, second.train) == [["2", "5"], ["5"]]
     assert seen(dataset, second.known) == [["1", "2", "5", "6"], ["1", "5"]]
 
 
@@ -61,9 +64,9 @@ def test_a_data_set_is_cut_by_time_and_loses_nothing() -> None:
     cut = in_blocks(dataset, base=0.5, later=2, share=0.1)
     slices = block_slices(cut, 3)
     rows = [sum(map(len, seen(cut, s.train))) for s in slices], [sum(map(len, seen(cut, s.test))) for s in slices]
-    n_validation = len(dataset.log) - sum(rows[0]) - sum(rows[1])
+    n_validation = sum(map(len, seen(cut, slices[-1].validation)))
     assert len(cut.log) == len(dataset.log)
-    assert n_validation == sum(rows[1])
+    assert n_validation == sum(map(len, seen(cut, slices[-1].test))) == len(dataset.log) - sum(rows[0]) - sum(rows[1])
     assert all(0 < test < train for train, test in zip(*rows, strict=True))
     when = {(u, dataset.catalog.ids[i]): t for u, i, t in _rows(dataset)}
     held = {(u, cut.catalog.ids[i]) for u, i, t in _rows(cut) if t >= 3 * SPAN}

@@ -21,7 +21,7 @@ from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation, Tally
 from fedrec.protocol.task import CountTask, FitTask
 from fedrec.random import Key
-from fedrec.server.lifelong import PRIVACY, privacy
+from fedrec.server.publish import PRIVACY, privacy
 from tests.support import dataset_of, same_bytes, simulated, small_document, small_experiment, small_rows
 
 KEY = Key.from_seed(9)

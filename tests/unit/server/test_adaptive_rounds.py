@@ -20,10 +20,10 @@ from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.tally import Expectation, Tally
 from fedrec.server.guard import calibrated, guard_of
 from fedrec.server.judge import initial
-from fedrec.server.lifelong import Event
 from fedrec.server.round import Recipe, run_round, take_census
 from fedrec.server.run import LEDGER, check, cut
 from fedrec.server.state import ServerState
+from fedrec.server.work import Event
 from tests.support import PoolLink, dataset_of, merged, small_document, small_rows
 
 DATASET = dataset_of(small_rows())

@@ -13,7 +13,7 @@ from fedrec.config import Experiment
 from fedrec.data.slices import LastWindow, TimeWindow, resolve, with_validation
 from fedrec.errors import ConfigError
 from fedrec.grid.simulate import simulate
-from fedrec.models.blend import blended, started
+from fedrec.models.blend import blended, joined, started
 from fedrec.models.build import build
 from fedrec.models.configs import BlendConfig, SpectralConfig, TransformerConfig
 from fedrec.models.recommender import get_params
@@ -129,6 +129,25 @@ def test_the_fit_starts_from_the_priors_geometry_at_its_own_temperature() -> Non
     np.testing.assert_allclose(mine / np.linalg.norm(mine), theirs / np.linalg.norm(theirs), atol=1e-5)
     np.testing.assert_array_equal(item[27:], fresh["item"][27:])
     assert item[:27, :5].std() == pytest.approx(float(fresh["item"].std()), rel=0.05)
+
+
+def test_items_that_join_stand_where_the_prior_has_them() -> None:
+    config = BlendConfig(
+        prior=SpectralConfig(item_rank=4, feature_rank=0), fitted=TransformerConfig(dim=8, heads=1, length=8)
+    )
+    random = KEY.numpy()
+    rows, turn = random.standard_normal((30, 4)), random.standard_normal((4, 8))
+    rows[29] = 0.0
+    prior = {"items": rows.astype(np.float32), "features": np.zeros((30, 0), np.float32)}
+    fitted = get_params(build(config.fitted, 30, KEY))
+    fresh = fitted["item"].copy()
+    fitted["item"] = (rows @ turn).astype(np.float32)
+    fitted["item"][20:] = fresh[20:]
+    found = joined(prior, fitted, 20, config)["item"]
+    np.testing.assert_array_equal(found[:20], fitted["item"][:20])
+    np.testing.assert_allclose(found[20:29], (rows @ turn)[20:29], atol=0.03)
+    np.testing.assert_array_equal(found[29], fresh[29])
+    np.testing.assert_array_equal(joined(prior, fitted, 30, config)["item"], fitted["item"])
 
 
 def test_fitted_scores_have_spread_one_and_the_weight_scales_them() -> None:

@@ -28,11 +28,11 @@ from fedrec.protocol.task import FitTask, LocalTraining, Turn
 from fedrec.random import Key
 from fedrec.server.guard import guard_of
 from fedrec.server.judge import initial
-from fedrec.server.lifelong import Event
 from fedrec.server.round import Recipe, run_round, take_census, turn_of
 from fedrec.server.run import LEDGER, check, cut
 from fedrec.server.stages import NOISE, Stages
 from fedrec.server.state import ServerState
+from fedrec.server.work import Event
 from tests.support import PoolLink, dataset_of, merged, same_bytes, small_document, small_rows
 
 DATASET = dataset_of(small_rows())

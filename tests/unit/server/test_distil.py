@@ -35,8 +35,9 @@ def histories(model: Recommender) -> np.ndarray:
 def test_a_student_learns_what_its_teacher_says_and_is_a_function_of_the_key() -> None:
     teacher = Teacher("one", lively("teacher"), 1.0, EVERYTHING)
     transfer = histories(teacher.model)
-    found, losses = distilled(build(CONFIG, N, KEY), [teacher], transfer, KEY, SETTINGS)
-    again, _ = distilled(build(CONFIG, N, KEY), [teacher], transfer, KEY, SETTINGS)
+    found, again = build(CONFIG, N, KEY), build(CONFIG, N, KEY)
+    losses = [now.loss for now in distilled(found, [teacher], transfer, KEY, SETTINGS)]
+    assert [now.loss for now in distilled(again, [teacher], transfer, KEY, SETTINGS)] == losses
     assert all((get_params(found)[name] == value).all() for name, value in get_params(again).items())
     one = lesson(transfer, [teacher], SETTINGS, KEY.child("fresh"), N)
     ideal = float(-(one.targets * one.targets.clamp(min=1e-30).log()).sum(-1).mean())

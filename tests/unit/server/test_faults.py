@@ -16,11 +16,12 @@ from fedrec.protocol import wire
 from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.plan import RoundPlan
 from fedrec.server.gather import _opened
-from fedrec.server.lifelong import Desk, Event, run_stream
+from fedrec.server.lifelong import run_stream
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe, run_round, take_census
 from fedrec.server.run import cut
 from fedrec.server.state import ServerState
+from fedrec.server.work import Desk, Event
 from tests.support import PoolLink, Tamper, dataset_of, same_bytes, small_experiment, small_rows
 from tests.unit.server.test_round import BAD, BAD_NAME, BASE, DATASET, N_NODES, RECIPE, census, fresh
 

@@ -12,11 +12,12 @@ import pytest
 
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import TimeSlice, TimeWindow
-from fedrec.server.lifelong import Desk, run_stream
+from fedrec.server.lifelong import run_stream
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
 from fedrec.server.run import cut
 from fedrec.server.state import ServerState
+from fedrec.server.work import Desk
 from tests.support import PoolLink, dataset_of, small_experiment, small_rows
 
 ROWS = small_rows()

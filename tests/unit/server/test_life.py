@@ -8,17 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedrec.data.blocks import block_slices, in_blocks
-from fedrec.data.slices import resolve
+from fedrec.data.blocks import SPAN, block_slices, in_blocks
+from fedrec.data.slices import TimeWindow, resolve
 from fedrec.errors import FedrecError
 from fedrec.evaluation.continual import matrix, measure
 from fedrec.evaluation.life_plot import life_plot
 from fedrec.protocol.task import EvaluateTask, FitTask
-from fedrec.server.lifelong import Desk, run_stream
+from fedrec.server.lifelong import run_stream
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
 from fedrec.server.run import check, cut
 from fedrec.server.state import ServerState
+from fedrec.server.work import Desk
 from tests.support import PoolLink, dataset_of, simulated, small_experiment, small_rows
 
 ROWS = list({(u, i): (u, i, t) for u, i, t in small_rows()}.values())
@@ -68,7 +69,7 @@ def test_what_is_known_is_neither_later_than_the_release_nor_held_back() -> None
     slices = block_slices(DATASET, 3)
     log = DATASET.log
     item = np.array(log.item)
-    low, high = resolve(log, slices[2].train)
+    low, high = resolve(log, TimeWindow(start=2 * SPAN, end=3 * SPAN))  # the last block, without its test
     where = np.concatenate([np.arange(a, b) + s for a, b, s in zip(low, high, log.offsets[:-1], strict=True)])
     item[where] = (item[where] + 1) % slices[2].n_items
     other = replace(DATASET, log=replace(log, item=item))

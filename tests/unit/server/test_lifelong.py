@@ -17,11 +17,13 @@ from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow, resolve
 from fedrec.protocol.link import Reply
 from fedrec.protocol.plan import RoundPlan
-from fedrec.server.lifelong import Desk, Event, run_stream, worth_promoting
+from fedrec.server.lifelong import STEPS, run_stream
+from fedrec.server.publish import publish, worth_promoting
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe
 from fedrec.server.run import cut
 from fedrec.server.state import ServerState
+from fedrec.server.work import Desk, Event, Work
 from tests.support import PoolLink, dataset_of, same_bytes, small_experiment, small_rows
 
 DATASET = dataset_of(small_rows())
@@ -88,6 +90,20 @@ def test_one_release_per_slice_in_one_line(life: Life) -> None:
     final = life.released[-1]
     assert (final.slice, final.round, final.counted, final.parent) == (3, 0, 3, 3)
     assert [record["parent"] for record in final.releases] == [None, 1, 2]
+
+
+def test_a_step_joins_the_list_and_may_add_to_the_record(tmp_path: Path) -> None:
+    def weather(work: Work) -> Work:
+        assert work.verdict["rows"]
+        return work.noted(weather=f"fair in slice {work.time_slice.index}")
+
+    at = STEPS.index(publish)
+    steps = (*STEPS[:at], weather, *STEPS[at:])
+    state = ServerState("small/001", EXPERIMENT.digest(), DATASET.catalog.digest())
+    recipe = Recipe(EXPERIMENT, DATASET.catalog.digest(), lambda: 0.0)
+    desk = Desk(Registry(tmp_path), DATASET.catalog, lambda state: None, lambda event: None)
+    for reached, _ in run_stream(state, PoolLink(DATASET, 1), cut(EXPERIMENT, DATASET)[:1], recipe, desk, steps):
+        assert reached.releases[-1]["weather"] == "fair in slice 0"
 
 
 def test_new_items_grow_the_table_and_the_catalogue(life: Life) -> None:
@@ -297,7 +313,7 @@ def test_what_is_not_promoted_is_kept_and_the_run_goes_on_from_its_parent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdicts = iter([True, False, True])
-    monkeypatch.setattr("fedrec.server.lifelong.worth_promoting", lambda rows, settings: next(verdicts))
+    monkeypatch.setattr("fedrec.server.publish.worth_promoting", lambda rows, settings: next(verdicts))
     life = live(tmp_path, small_experiment(evaluation__promotion_margin=0.5))
     rows = life.registry.list()
     assert [(row.version, row.parent, row.promoted, row.current) for row in rows] == [

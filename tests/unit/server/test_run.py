@@ -12,9 +12,9 @@ from fedrec.config import LeaveOneOutSplit
 from fedrec.data.slices import LastWindow
 from fedrec.errors import ConfigError, DataError, RegistryError, RunError
 from fedrec.grid.simulate import simulate
-from fedrec.server.lifelong import Event
 from fedrec.server.registry import Registry
 from fedrec.server.run import CHECKPOINT, REPORT, RunFolder, cut
+from fedrec.server.work import Event
 from tests.support import dataset_of, release_files, simulated, small_experiment, small_rows, without_clock
 
 DATASET = dataset_of(small_rows())

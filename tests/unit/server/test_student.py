@@ -15,6 +15,7 @@ from fedrec.models.transfer import StudentConfig
 from fedrec.random import Key
 from fedrec.server.recommend import recommend
 from fedrec.server.registry import Registry
+from fedrec.server.spectral import spectral_params
 from fedrec.server.student import check_student, device_student, n_params
 from tests.contracts.recommender import lively
 from tests.support import same_bytes, small_experiment
@@ -23,8 +24,8 @@ from tests.unit.server.test_teach import STATISTICS, live
 N = 40
 RELEASE = SpectralConfig(item_rank=24, feature_rank=8, length=10)
 SETTINGS = StudentConfig(
-    model=SpectralConfig(item_rank=5, feature_rank=0, length=10), share=0.2, steps=30, batch=8, places=4, histories=64,
-    length=8,
+    model=SpectralConfig(item_rank=5, feature_rank=0, length=10), share=0.2, steps=30, learning_rate=3e-3, batch=8,
+    places=4, histories=64, length=8,
 )  # fmt: skip
 COUNTS = np.arange(N, dtype=np.float32)
 
@@ -74,6 +75,23 @@ def test_it_stands_beside_its_release_and_one_changed_byte_is_noticed(tmp_path: 
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(CorruptRelease, match=r"student\.safetensors' does not match"):
         registry.load(2)
+
+
+def test_a_spectral_student_begins_with_the_statistic_cut_to_its_ranks(tmp_path: Path) -> None:
+    """No step could bring it so near: the rows still span what the statistic's leading directions span."""
+    few = SETTINGS.model_dump() | {"steps": 1, "learning_rate": 1e-9}
+    experiment = small_experiment(
+        split__later=1, model=RELEASE.model_dump(), training__statistics=STATISTICS,
+        training__base__rounds=0, training__later__rounds=0, training__student=few,
+    )  # fmt: skip
+    states, registry = live(tmp_path, experiment)
+    for version, state in ((1, next(s for s in states if s.slice == 1)), (2, states[-1])):
+        n_items = registry.manifest(version).n_items
+        made = spectral_params(state.statistic, state.counts["counts"], SETTINGS.model, None, n_items)
+        found = registry.load(version).student
+        assert found is not None
+        np.testing.assert_allclose(found["items"], made["items"], atol=1e-6)
+        np.testing.assert_allclose(found["popularity"], made["popularity"], atol=1e-6)
 
 
 def test_without_a_student_nobody_answers_for_it(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 
 from fedrec.config import Experiment
 from fedrec.errors import ConfigError
-from fedrec.server.lifelong import Desk, run_stream
+from fedrec.server.lifelong import run_stream
 from fedrec.server.registry import Registry
 from fedrec.server.release import Student
 from fedrec.server.round import Recipe
 from fedrec.server.run import cut
 from fedrec.server.state import ServerState
 from fedrec.server.teach import check_distil, reliability
+from fedrec.server.work import Desk
 from tests.support import PoolLink, dataset_of, same_bytes, small_experiment, small_rows
 
 DATASET = dataset_of(small_rows())
