@@ -9,6 +9,7 @@ from torch import Tensor
 from fedrec.client.rows import same_places
 from fedrec.client.trained import Products, Tensors, Trained
 from fedrec.data.batches import Batch
+from fedrec.models.layers import inner
 from fedrec.models.recommender import to_torch
 from fedrec.models.squares import LeastSquares
 from fedrec.protocol.task import LocalTraining
@@ -37,8 +38,10 @@ class ByClosedForm:
         # A step moves a row by ``(score - wanted) * pull`` along the vector, and the vector likewise along the rows.
         self._pull = weights.mul_(-2.0 * self._rate)
         self._offset = -self._wanted * self._pull
-        self._shared = F.embedding(self._rows, model.get_parameter(model.table_name).detach())
+        self._table = model.get_parameter(model.table_name).detach()
         self._own = kept[model.vector_name]
+        # Rows are gathered step by step into the same memory: all of them at once would not stay in the cache.
+        self._shared = torch.empty(c * k, self._own.shape[1])
         self._vectors = torch.zeros(s, c, self._own.shape[1])
         self._weights = torch.empty(s, c, k)
         self._places = same_places(self._rows)  # one place stands for all where a client looks the row up
@@ -46,14 +49,16 @@ class ByClosedForm:
 
     def step(self) -> Tensor:
         """Take the next step and return the [c] losses before it."""
-        s, own, shared = self._done, self._own, self._shared[self._done]
-        places, vectors = self._places[s], self._vectors.transpose(0, 1)
-        scores = torch.bmm(shared, own[..., None])
-        moved = F.embedding(places, self._moved) if s else None
+        s, own = self._done, self._own
+        places, vectors = self._places[s], self._vectors[:s].transpose(0, 1)
+        shared = torch.index_select(self._table, 0, self._rows[s].flatten(), out=self._shared)
+        shared = shared.view(*places.shape, -1)
+        scores = inner(shared, own)
+        moved = F.embedding(places, self._moved)[..., :s] if s else None
         if moved is not None:
-            scores.baddbmm_(moved, torch.bmm(vectors, own[..., None]))
-        weights = torch.addcmul(self._offset[s], scores[..., 0], self._pull[s], out=self._weights[s])
-        squares = torch.linalg.vecdot(weights, scores[..., 0] - self._wanted[s]) / (-2.0 * self._rate)
+            scores += inner(moved, inner(vectors, own))
+        weights = torch.addcmul(self._offset[s], scores, self._pull[s], out=self._weights[s])
+        squares = torch.linalg.vecdot(weights, scores - self._wanted[s]) / (-2.0 * self._rate)
         change = torch.baddbmm(own[:, None], weights[:, None], shared, beta=1.0 - 2.0 * self._rate * self._ridge)
         if moved is not None:
             change.baddbmm_(torch.bmm(weights[:, None], moved), vectors)

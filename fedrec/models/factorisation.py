@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedrec.data.batches import Batch, BatchSpec
 from fedrec.models.configs import FactorisationConfig
-from fedrec.models.layers import normal_rows, rows
+from fedrec.models.layers import inner, normal_rows, rows
 from fedrec.models.recommender import Recommender, copy_grown
 from fedrec.models.squares import LeastSquares, Squares
 from fedrec.random import Key
@@ -57,7 +57,7 @@ class Factorisation(LeastSquares):
         """Return ``u . v_i``."""
         if items is None:
             return users @ self.item.T
-        return torch.bmm(rows(self.item, items), users[..., None])[..., 0]
+        return inner(rows(self.item, items), users)
 
     def score_into(self, users: Float[Tensor, "b d"], out: Float[Tensor, "b n"]) -> None:
         """Write the scores of the whole catalogue into `out`."""

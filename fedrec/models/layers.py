@@ -132,6 +132,11 @@ def rows(table: Float[Tensor, "*own n d"], numbers: Int[Tensor, "b k"]) -> Float
     return own
 
 
+def inner(vectors: Float[Tensor, "b k d"], along: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
+    """Return each person's k inner products with one vector; in this order several times as fast as the other way."""
+    return torch.bmm(along[:, None], vectors.transpose(1, 2))[:, 0]
+
+
 def by_distance(values: Float[Tensor, "*h n"]) -> Float[Tensor, "*h n n"]:
     """Return M with ``M_ij = values_(i - j)``, and minus infinity where j is later than i."""
     if values.dim() == 2:

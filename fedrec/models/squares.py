@@ -13,12 +13,11 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fedrec.data.batches import Batch
-from fedrec.models.layers import rows
+from fedrec.models.layers import inner, rows
 from fedrec.models.losses import masked_mean
 from fedrec.models.recommender import Recommender, Taught
 
@@ -51,14 +50,13 @@ class LeastSquares(Recommender):
     def candidate_scores(self, batch: Batch) -> Float[Tensor, "b k"]:
         """Return the scores of a batch's rows by the vector that this model starts from."""
         vector, table = self.local_start(batch)[self.vector_name], getattr(self, self.table_name)
-        scores: Tensor = torch.bmm(rows(table, self.squares(batch).rows), vector[..., None])[..., 0]
-        return scores
+        return inner(rows(table, self.squares(batch).rows), vector)
 
     def taught_loss(self, batch: Batch, local: Mapping[str, Tensor] | None, taught: Taught) -> Float[Tensor, " b"]:
         """Return the loss plus the mean square of what separates the scores of rows that count from the teacher's."""
         vector = (self.local_start(batch) if local is None else local)[self.vector_name]
         found = self.squares(batch)
-        scores = torch.bmm(rows(getattr(self, self.table_name), found.rows), vector[..., None])[..., 0]
+        scores = inner(rows(getattr(self, self.table_name), found.rows), vector)
         unlike = masked_mean((scores - taught.scores) ** 2, found.weights > 0)
         return self.loss(batch, local) + taught.weight * unlike
 
@@ -67,5 +65,5 @@ class LeastSquares(Recommender):
         vector = (self.local_start(batch) if local is None else local)[self.vector_name]
         table: Tensor = getattr(self, self.table_name)  # with an axis of people it is no parameter of the module
         found = self.squares(batch)
-        scores = torch.bmm(rows(table, found.rows), vector[..., None])[..., 0]
+        scores = inner(rows(table, found.rows), vector)
         return (found.weights * (scores - found.wanted) ** 2).sum(-1) + self.ridge * (vector**2).sum(-1)
