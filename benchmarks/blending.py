@@ -11,9 +11,10 @@ from benchmarks.foundation import UNIT, Setting
 from benchmarks.harness import Row, claim, unclaimed
 from benchmarks.kept import Made
 from benchmarks.zoo import experiment_for
-from fedrec.config import Experiment, StageConfig
+from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.data.sources import load_dataset
+from fedrec.learning import StageConfig
 
 SOURCE = "ml-1m"
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)

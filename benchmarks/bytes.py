@@ -16,12 +16,13 @@ from benchmarks.harness import Row, claim, progress, run
 from fedrec import params as named
 from fedrec.client.app import client_app
 from fedrec.client.pool import LogPool
-from fedrec.config import Experiment, LocalOnlyConfig, StageConfig
+from fedrec.config import Experiment, LocalOnlyConfig
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import TimeSlice
 from fedrec.data.sources import load_dataset
 from fedrec.grid.in_process import InProcessGrid
 from fedrec.grid.simulate import simulate
+from fedrec.learning import StageConfig
 from fedrec.params import Accumulator, Params
 from fedrec.protocol.codec import AnyCodec, Float, Half, LowRank, Plain, Quantised, Sparse
 from fedrec.protocol.plan import RoundPlan

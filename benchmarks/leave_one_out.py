@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import Row, claim, progress, run, unclaimed
-from fedrec.config import Experiment, StageConfig
+from fedrec.config import Experiment
 from fedrec.data.batches import Cohort
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import LastWindow, resolve
@@ -20,6 +20,7 @@ from fedrec.data.sources import load_dataset
 from fedrec.evaluation.metrics import evaluate_people
 from fedrec.evaluation.ranking import ItemLists
 from fedrec.grid.simulate import simulate
+from fedrec.learning import StageConfig
 
 SEEDS = (1, 2, 3)
 METRIC = "ndcg@10"

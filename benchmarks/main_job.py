@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import Row, claim, progress, run
-from fedrec.config import Experiment, StageConfig
+from fedrec.config import Experiment
 from fedrec.data.sources import load_dataset
 from fedrec.grid.simulate import simulate
+from fedrec.learning import StageConfig
 
 IMPORT = [sys.executable, "-c", "import fedrec"]
 NOTHING = [sys.executable, "-c", "pass"]

@@ -317,7 +317,7 @@ def export(
 
 def _expected(experiment: Experiment) -> float:
     """Return how many clients a round asks for, as far as the experiment says."""
-    from fedrec.config import FixedCohort, PoissonCohort
+    from fedrec.learning import FixedCohort, PoissonCohort
 
     cohort = experiment.training.cohort
     if isinstance(cohort, PoissonCohort):

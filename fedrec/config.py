@@ -13,6 +13,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from fedrec.data.features import FeatureSettings
 from fedrec.data.slices import LastWindow, TimeWindow
 from fedrec.errors import ConfigError, nearest
+from fedrec.learning import (
+    AdamConfig,
+    AnyAggregate,
+    CurriculumConfig,
+    EwcConfig,
+    FixedCohort,
+    Mean,
+    PoissonCohort,
+    SgdConfig,
+    StageConfig,
+    TurnCohort,
+)
 from fedrec.models.configs import TrainedConfig
 from fedrec.models.transfer import DistilConfig, DriftConfig, RehearsalConfig, StudentConfig, TiersConfig
 from fedrec.privacy.settings import NoPrivacy, Privacy
@@ -85,72 +97,6 @@ class ScheduleSplit(_Settings):
     """Share of an interval, its end, that a release is tested on before the next slice trains on it."""
 
 
-class PoissonCohort(_Settings):
-    """Every eligible client takes part independently with the same probability."""
-
-    kind: Literal["poisson"] = "poisson"
-    expected: float = Field(default=128, gt=0)
-    """Expected number of clients in a round."""
-
-
-class FixedCohort(_Settings):
-    """The same number of clients in every round, drawn without replacement."""
-
-    kind: Literal["fixed"] = "fixed"
-    size: int = Field(default=128, ge=1)
-    """Number of clients in a round; everybody if fewer are eligible."""
-
-
-class TurnCohort(_Settings):
-    """Everybody belongs to one of several groups, by a hash of who they are, and the groups take turns."""
-
-    kind: Literal["turns"] = "turns"
-    groups: int = Field(default=16, ge=1)
-    """How many groups: a person takes part in every so-many-th round of a slice, and never more often. The minimum
-    separation of correlated noise."""
-
-
-class SgdConfig(_Settings):
-    """``torch.optim.SGD`` on the mean update; learning rate 1 without momentum is FedAvg."""
-
-    kind: Literal["sgd"] = "sgd"
-    learning_rate: float = Field(default=1.0, gt=0)
-    """Step size; 1 adds the mean update as it is."""
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    """How much of the last step is repeated (FedAvgM)."""
-
-
-class AdamConfig(_Settings):
-    """``torch.optim.AdamW`` on the mean update (FedAdam)."""
-
-    kind: Literal["adam"] = "adam"
-    learning_rate: float = Field(default=1e-3, gt=0)
-    """Step size."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the mean of updates."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the mean of squared updates."""
-    epsilon: float = Field(default=1e-8, gt=0)
-    """Added to the root of the mean square."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay, per step, in multiples of the step size."""
-
-
-class StageConfig(_Settings):
-    """How long and how fast to learn from one slice."""
-
-    rounds: int = Field(ge=0)
-    """How many rounds."""
-    warmup: int = Field(default=0, ge=0)
-    """Over how many first rounds the server's learning rate rises to its full value."""
-    final: float = Field(default=1.0, ge=0, le=1)
-    """What part of the learning rate is left in the last round; it falls along a cosine."""
-    speed: float = Field(default=1.0, gt=0)
-    """Factor on the server's learning rate in this stage."""
-    dropout: float | None = Field(default=None, ge=0, lt=1)
-    """Dropout while training in this stage, of a model that has one; None: as the model says."""
-
-
 class StatisticsConfig(CooccurrenceSettings):
     """One round of co-occurrence statistics a slice; the spectral model is made from it."""
 
@@ -159,73 +105,6 @@ class StatisticsConfig(CooccurrenceSettings):
     def task(self, window: TimeWindow | LastWindow) -> CooccurrenceTask:
         """Return the task of one slice."""
         return CooccurrenceTask(window=window, **self.model_dump(exclude={"features"}))
-
-
-class Mean(_Settings):
-    """The mean over all clients: exact, and at the mercy of whoever lies within the clip norm."""
-
-    kind: Literal["mean"] = "mean"
-
-
-class Median(_Settings):
-    """The median over nodes, number by number; it forgets tastes that less than half of the nodes share."""
-
-    kind: Literal["median"] = "median"
-
-
-class TrimmedMean(_Settings):
-    """The mean over nodes, number by number, without the highest and the lowest."""
-
-    kind: Literal["trimmed_mean"] = "trimmed_mean"
-    share: float = Field(default=0.1, ge=0, lt=0.5)
-    """Share of the nodes that is left out on each side."""
-
-
-class Krum(_Settings):
-    """The mean of the updates that lie closest to their neighbours."""
-
-    kind: Literal["krum"] = "krum"
-    share: float = Field(default=0.1, ge=0, lt=0.5)
-    """Share of the nodes that may lie."""
-    multi: bool = True
-    """Keep all but that share; if not, one update alone."""
-
-
-class Bounded(_Settings):
-    """The mean over clients of updates that are shortened to what is usual, as a whole and for each item."""
-
-    kind: Literal["bounded"] = "bounded"
-    norm_factor: float = Field(default=1.5, gt=0)
-    """Longest update, in medians of the nodes' norms."""
-    item_factor: float = Field(default=2.0, gt=0)
-    """Longest row of an item, in medians over the nodes that moved the item."""
-
-
-AnyAggregate = Mean | Median | TrimmedMean | Krum | Bounded
-
-
-class EwcConfig(_Settings):
-    """Elastic weight consolidation: parameters that mattered to people so far are held near the last release.
-
-    At the start of each later slice one round asks everybody in the slice before for the squares of their gradients
-    (`fedrec.protocol.task.FisherTask`); a private run pays for it by `privacy.fisher`. The pull itself is the server's.
-    """
-
-    strength: float = Field(default=0.01, gt=0)
-    """Weight of the pull on a parameter of average importance, against the clients' loss."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """L2 bound of one person's squares."""
-    decay: float = Field(default=0.5, ge=0, le=1)
-    """What part of the importance of older slices is kept when a slice's is added."""
-
-
-class CurriculumConfig(_Settings):
-    """Frequent items first: at the start of a stage rarer ones are no targets yet."""
-
-    rounds: float = Field(default=0.5, gt=0, le=1)
-    """After what share of a stage's rounds all items count."""
-    start: float = Field(default=0.5, gt=0, le=1)
-    """What share of all interactions counted so far the most frequent items make up that count from the first round."""
 
 
 class TrainingConfig(_Settings):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from fedrec.random import Key
@@ -135,6 +135,12 @@ def rows(table: Float[Tensor, "*own n d"], numbers: Int[Tensor, "b k"]) -> Float
 def inner(vectors: Float[Tensor, "b k d"], along: Float[Tensor, "b d"]) -> Float[Tensor, "b k"]:
     """Return each person's k inner products with one vector; in this order several times as fast as the other way."""
     return torch.bmm(along[:, None], vectors.transpose(1, 2))[:, 0]
+
+
+def by_age(mask: Bool[Tensor, "b l"], decay: float) -> Float[Tensor, "b l"]:
+    """Return ``decay^age`` of each entry of padded histories, 1 for the newest, and 0 for padding."""
+    age = mask.flip(1).cumsum(1).flip(1) - 1
+    return torch.where(mask, decay ** age.float(), 0.0)
 
 
 def by_distance(values: Float[Tensor, "*h n"]) -> Float[Tensor, "*h n n"]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedrec.data.batches import Batch, BatchSpec
 from fedrec.models.configs import NearestConfig
+from fedrec.models.layers import by_age
 from fedrec.models.losses import masked_mean
 from fedrec.models.recommender import Recommender, copy_grown
 from fedrec.random import Key
@@ -38,8 +39,7 @@ class Nearest(Recommender):
 
     def encode(self, items: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         """Return the decayed sum of each history."""
-        age = mask.flip(1).cumsum(1).flip(1) - 1
-        weight = torch.where(mask, self.settings.decay ** age.float(), 0.0)
+        weight = by_age(mask, self.settings.decay)
         return torch.einsum("bl,bld->bd", weight, F.normalize(self.text, dim=-1)[items])
 
     def score(

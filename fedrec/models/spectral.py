@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedrec.data.batches import Batch, BatchSpec
 from fedrec.models.configs import SpectralConfig
+from fedrec.models.layers import by_age
 from fedrec.models.losses import masked_mean
 from fedrec.models.recommender import Recommender, copy_grown
 from fedrec.random import Key
@@ -45,9 +46,8 @@ class Spectral(Recommender):
 
     def encode(self, items: Int[Tensor, "b l"], mask: Bool[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         """Return the scaled user vectors of both parts, and the weight of popularity."""
-        age = mask.flip(1).cumsum(1).flip(1) - 1
         decays = (self.settings.decay, self.settings.feature_decay or self.settings.decay)
-        weights = (torch.where(mask, decay ** age.float(), 0.0) for decay in decays)
+        weights = (by_age(mask, decay) for decay in decays)
         parts = (
             standard(torch.einsum("bl,bld->bd", weight, table[items]), spread) * factor
             for weight, table, spread, factor in zip(

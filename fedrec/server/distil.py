@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedrec.config import AdamConfig
+from fedrec.learning import AdamConfig
 from fedrec.models.freeze import trainable
 from fedrec.models.recommender import Recommender, get_params, set_params
 from fedrec.models.transfer import DistilConfig

@@ -6,8 +6,9 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from fedrec.config import Experiment, PoissonCohort, TurnCohort
+from fedrec.config import Experiment
 from fedrec.errors import PrivacyError
+from fedrec.learning import PoissonCohort, TurnCohort
 from fedrec.models.configs import BlendConfig
 from fedrec.params import Params
 from fedrec.privacy.accounting import calibrate

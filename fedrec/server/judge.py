@@ -119,7 +119,7 @@ def _ask(
     task, plan_for = _question(contender, time_slice, recipe, popularity)
     places = np.arange(roster.n_clients, dtype=np.int64)
     if contender.people is not None:
-        from fedrec.config import FixedCohort
+        from fedrec.learning import FixedCohort
 
         people = ServerState.root_key(experiment).child("slice", time_slice.index, "judge", "people")
         places = sample(FixedCohort(size=contender.people), roster.n_clients, people)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedrec.config import AdamConfig, SgdConfig, StageConfig
+from fedrec.learning import AdamConfig, SgdConfig, StageConfig
 from fedrec.params import Array, Params
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedrec.config import CurriculumConfig, StageConfig, TrainingConfig
+from fedrec.config import TrainingConfig
+from fedrec.learning import CurriculumConfig, StageConfig
 from fedrec.models.configs import AnyModelConfig, TextTransformerConfig, TransformerConfig
 from fedrec.params import Array
 from fedrec.server.state import ServerState

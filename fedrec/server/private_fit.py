@@ -6,8 +6,9 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from fedrec.config import Experiment, PoissonCohort, TurnCohort
+from fedrec.config import Experiment
 from fedrec.errors import MaskingError, PrivacyError
+from fedrec.learning import PoissonCohort, TurnCohort
 from fedrec.privacy.adaptive import AdaptiveMechanism, next_clip_norm
 from fedrec.privacy.settings import AdaptiveClipping
 from fedrec.protocol.task import FitTask

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedrec.config import AnyAggregate, Bounded, Krum, Mean, Median, TrimmedMean
+from fedrec.learning import AnyAggregate, Bounded, Krum, Mean, Median, TrimmedMean
 from fedrec.params import Array, Params, norm
 from fedrec.protocol.tally import Tally
 

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec import params as named
-from fedrec.config import AnyAggregate, Experiment, FixedCohort, Mean, PoissonCohort, TrainingConfig, TurnCohort
+from fedrec.config import Experiment, TrainingConfig
 from fedrec.data.slices import LastWindow, TimeSlice, TimeWindow
 from fedrec.errors import FedrecError, RunError, TallyRefused
+from fedrec.learning import AnyAggregate, FixedCohort, Mean, PoissonCohort, TurnCohort
 from fedrec.models.build import MODELS, trained
 from fedrec.models.configs import AnyModelConfig
 from fedrec.models.freeze import trainable

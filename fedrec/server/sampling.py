@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedrec.config import FixedCohort, PoissonCohort, TurnCohort
+from fedrec.learning import FixedCohort, PoissonCohort, TurnCohort
 from fedrec.random import Key
 
 

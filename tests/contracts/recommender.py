@@ -16,12 +16,12 @@ from torch import Tensor
 
 from fedrec import params as named
 from fedrec.client.pool import LogPool
-from fedrec.config import AdamConfig, SgdConfig
 from fedrec.data.batches import Batch, Cohort, draw
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import FeatureSettings, item_features
 from fedrec.data.log import InteractionLog
 from fedrec.data.slices import LastWindow
+from fedrec.learning import AdamConfig, SgdConfig
 from fedrec.models.blend import blended
 from fedrec.models.build import build, restore
 from fedrec.models.configs import (

@@ -18,11 +18,11 @@ from fedrec.client.rows import renumber
 from fedrec.client.trained import Trained
 from fedrec.client.trainer import step_batches, train_each
 from fedrec.client.vectorised import train_batched
-from fedrec.config import AdamConfig, SgdConfig
 from fedrec.data.batches import START, Batch, Cohort, draw
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.features import FeatureSettings
 from fedrec.data.slices import LastWindow, TimeWindow
+from fedrec.learning import AdamConfig, SgdConfig
 from fedrec.models.build import build, restore
 from fedrec.models.configs import (
     AnyModelConfig,

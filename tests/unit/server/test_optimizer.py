@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedrec.config import AdamConfig, SgdConfig, StageConfig
+from fedrec.learning import AdamConfig, SgdConfig, StageConfig
 from fedrec.params import Params
 from fedrec.protocol import wire
 from fedrec.random import Key

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from fedrec.config import Bounded, Krum, Mean, Median, TrimmedMean
 from fedrec.errors import ConfigError
+from fedrec.learning import Bounded, Krum, Mean, Median, TrimmedMean
 from fedrec.protocol.tally import Tally
 from fedrec.random import Key
 from fedrec.server.robust import bounded, combined, krum, robust_mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedrec.config import FixedCohort, PoissonCohort
+from fedrec.learning import FixedCohort, PoissonCohort
 from fedrec.random import Key
 from fedrec.server.sampling import sample
 
