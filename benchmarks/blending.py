@@ -28,12 +28,8 @@ REACHED, CENTRAL = 0.160, 0.173
 def best(setting: Setting) -> list[Row]:
     """Train a transformer and make a spectral model; choose their weights on the item before the last."""
     dataset = load_dataset(SOURCE)
-    wanted = Experiment.find("ml1m_transformer")
-    if setting.quick:
-        short = wanted.training.model_copy(update={"base": StageConfig(rounds=60, warmup=10, final=0.01)})
-        wanted = wanted.model_copy(update={"training": short})
     made = {
-        "transformer": setting.shelf.run(wanted, dataset),
+        "transformer": setting.shelf.run(longest(setting.quick), dataset),
         "spectral": setting.shelf.run(experiment_for(SOURCE, "spectral", 0), dataset),
         "text transformer": setting.shelf.run(
             experiment_for(SOURCE, "text_transformer", setting.rounds(SOURCE)), dataset
@@ -69,6 +65,15 @@ def best(setting: Setting) -> list[Row]:
         *estimate(f"{SOURCE}: blend minus transformer", blend - alone),
     ]
     return rows
+
+
+def longest(quick: bool) -> Experiment:
+    """Return the experiment of the transformer that is trained longest."""
+    wanted = Experiment.find("ml1m_transformer")
+    if not quick:
+        return wanted
+    short = wanted.training.model_copy(update={"base": StageConfig(rounds=60, warmup=10, final=0.01)})
+    return wanted.model_copy(update={"training": short})
 
 
 def _standardised(made: dict[str, Made], dataset: Dataset, asked: Questions) -> dict[str, Scores]:

@@ -24,7 +24,7 @@ from fedrec.models.freeze import trainable
 from fedrec.params import Params, n_values
 
 UNIT = "NDCG@10"
-ROUNDS = {"ml-100k": 1500, "ml-1m": 1500, "amazon-video": 1000, "amazon-beauty": 1000, "movietweetings-100k": 600}
+ROUNDS = {"ml-100k": 1500, "ml-1m": 1000, "amazon-video": 1000, "amazon-beauty": 1000, "movietweetings-100k": 600}
 ADAPTERS: dict[str, Any] = {"train": "adapters", "lora": 4}
 EVERYTHING: dict[str, Any] = {"train": "all"}
 KEEPS, MOST_SENT = 0.95, 0.05

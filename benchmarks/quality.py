@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import foundation
 from benchmarks.asking import over_seeds
-from benchmarks.blending import best
+from benchmarks.blending import best, longest
 from benchmarks.foundation import UNIT, Measure, Setting
 from benchmarks.harness import Row, run
 from benchmarks.kept import Made, shelf
