@@ -98,6 +98,35 @@ def simulate(
 
 
 @app.command()
+def pretrain(
+    experiment: Annotated[str, typer.Argument(help="TOML file, or the name of an experiment that comes with fedrec.")],
+    registry: RegistryOption = Path("runs/registry"),
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model of sequences centrally on public data: a release that `[start]` elsewhere begins from."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fedrec.config import Experiment
+
+    settings = Experiment.find(experiment)
+    _need("torch")
+    from fedrec.data.sources import load_dataset
+    from fedrec.server.pretrain import pretrain as train
+    from fedrec.server.registry import Registry
+
+    notes = Console(stderr=True)
+    dataset = load_dataset(settings.data.source, say=lambda note: notes.print(note, highlight=False, markup=False))
+    with Progress(console=notes) as bars:
+        task = bars.add_task("steps", total=settings.training.base.rounds)
+        release = train(settings, dataset, Registry(registry), lambda step, loss: bars.update(task, completed=step + 1))
+    if as_json:
+        print(json.dumps({"release": release.version, "registry": str(registry), "n_items": release.manifest.n_items}))
+        return
+    print(f'Release {release.version} in {registry}; begin from it with:\n[start]\nregistry = "{registry}"')
+
+
+@app.command()
 def audit(
     experiment: Annotated[str, typer.Argument(help="TOML file, or the name of an experiment that comes with fedrec.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder for audit.json and audit.html.")] = None,

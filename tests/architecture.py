@@ -17,6 +17,7 @@ HOMES = {
     "flwr": {"client/app.py", "server/app.py", "protocol/flower.py", "grid/in_process.py", "grid/simulate.py"},
     "ray": set(),
     "grpc": {"client/gateway_client.py", "client/gateway/service.py", "client/gateway/control.py"},
+    "peft": {"models/language.py"},
     "opacus": {"client/private.py"},
     "onnx": {"serving/export.py"},
     "onnxruntime": {"serving/export.py"},

@@ -12,7 +12,7 @@ from fedrec.client.closed import ByClosedForm
 from fedrec.client.lesson import ALONE, Lesson, taught_by
 from fedrec.client.rows import renumber
 from fedrec.client.trained import Tensors, Trained, in_cache
-from fedrec.client.trainer import step_batches
+from fedrec.client.trainer import step_batches, train_each
 from fedrec.data.batches import Batch, Cohort
 from fedrec.models.layers import Moving
 from fedrec.models.recommender import Recommender, Taught, learnt, to_torch
@@ -33,6 +33,8 @@ def train_batched(
         key: of this round.
         lesson: what the plan gives along.
     """
+    if not model.together:
+        return train_each(model, cohort, local, key, lesson)
     batches = step_batches(cohort, model, local, key, lesson)
     taught = [taught_by(lesson, to_torch(batch), local) for batch in batches]  # the teacher is one and the same for all
     kept = model.local_start(to_torch(batches[0]))

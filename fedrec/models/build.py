@@ -12,6 +12,7 @@ from fedrec.models.configs import (
     BlendConfig,
     FactorisationConfig,
     GruConfig,
+    LanguageConfig,
     LightGcnConfig,
     MachineConfig,
     NcfConfig,
@@ -24,6 +25,7 @@ from fedrec.models.configs import (
 from fedrec.models.factorisation import Factorisation
 from fedrec.models.freeze import trains
 from fedrec.models.gru import Gru
+from fedrec.models.language import LanguageModel
 from fedrec.models.lightgcn import LightGcn
 from fedrec.models.machine import FactorisationMachine
 from fedrec.models.ncf import Ncf
@@ -46,6 +48,7 @@ MODELS: dict[type[Any], type[Any]] = {
     NcfConfig: Ncf,
     MachineConfig: FactorisationMachine,
     LightGcnConfig: LightGcn,
+    LanguageConfig: LanguageModel,
     NearestConfig: Nearest,
     BlendConfig: Blend,
 }

@@ -170,6 +170,24 @@ class TextTransformerConfig(_Attention):
         return self
 
 
+class LanguageConfig(SequenceConfig):
+    """A frozen language model reads item vectors; adapters beside its layers are trained. Needs fedrec[language]."""
+
+    kind: Literal["language"] = "language"
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of a folder with config.json and *.safetensors, inside the one that $FEDREC_MODELS names on each machine."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """What `fedrec.models.language.weights_digest` says of it; a node with other weights refuses."""
+    features: FeatureSettings = FeatureSettings(rank=128, fourier=0)
+    """How the server makes the vectors of items."""
+    residual: int = Field(default=16, ge=1)
+    """How many numbers of its own an item has beside its text."""
+    lora: int = Field(default=8, ge=1)
+    """Rank of the adapters."""
+    adapted: tuple[str, ...] = ()
+    """Names of the layers that get adapters, for example "q_proj"; none: all linear ones."""
+
+
 class GruConfig(SequenceConfig):
     """A gated recurrent unit over the item sequence (GRU4Rec family)."""
 
@@ -224,7 +242,9 @@ class BlendConfig(_Settings):
     """Weights of the fitted scores that validation tries beside 0, the prior alone; both have spread 1."""
 
 
-AnySequenceConfig = TransformerConfig | TextTransformerConfig | GruConfig | NcfConfig | MachineConfig | LightGcnConfig
+AnySequenceConfig = (
+    TransformerConfig | TextTransformerConfig | GruConfig | NcfConfig | MachineConfig | LightGcnConfig | LanguageConfig
+)
 AnyModelConfig = (
     PopularityConfig | SpectralConfig | FactorisationConfig | NearestConfig | BlendConfig | AnySequenceConfig
 )

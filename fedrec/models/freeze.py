@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedrec.models.configs import AnyModelConfig, NearestConfig, TextTransformerConfig
+from fedrec.models.configs import AnyModelConfig, LanguageConfig, NearestConfig, TextTransformerConfig
 
 PUBLIC = "text"
 """The table of public item vectors: never trained, and filled in by the server as items join."""
@@ -17,6 +17,8 @@ def trains(config: AnyModelConfig, name: str) -> bool:
     """Return whether rounds train this parameter of a model of these settings."""
     if isinstance(config, NearestConfig):
         return False
+    if isinstance(config, LanguageConfig):
+        return name != PUBLIC
     if not isinstance(config, TextTransformerConfig):
         return True
     if name == PUBLIC:
@@ -33,7 +35,7 @@ def trains(config: AnyModelConfig, name: str) -> bool:
 
 def needs_vectors(config: AnyModelConfig) -> bool:
     """Return whether the model knows items by public vectors, which the server has to make."""
-    return isinstance(config, TextTransformerConfig | NearestConfig)
+    return isinstance(config, TextTransformerConfig | LanguageConfig | NearestConfig)
 
 
 def trainable(config: AnyModelConfig, names: Iterable[str]) -> list[str]:

@@ -16,6 +16,7 @@ from fedrec.models.configs import (
     BlendConfig,
     FactorisationConfig,
     GruConfig,
+    LanguageConfig,
     LightGcnConfig,
     MachineConfig,
     NcfConfig,
@@ -30,6 +31,7 @@ from fedrec.params import Array, Params
 
 Floats = NDArray[np.float32]
 _NORM_EPSILON = 1e-5
+NOT_HERE = "A language model needs torch and its own weights; give devices a student ([training.student]) instead."
 _erf = np.vectorize(math.erf, otypes=[np.float32])
 
 
@@ -53,6 +55,8 @@ def expected_shapes(config: AnyModelConfig, n_items: int) -> dict[str, tuple[int
         }
     if isinstance(config, NearestConfig):
         return {"text": (n_items, config.features.rank)}
+    if isinstance(config, LanguageConfig):
+        raise ProtocolError(NOT_HERE)
     heads = _head_shapes(config.tasks, config.dim) if config.tasks else {}
     if isinstance(config, TextTransformerConfig):
         return _text_shapes(config, n_items) | heads
@@ -159,6 +163,8 @@ def score(config: AnyModelConfig, params: Params, history: Sequence[int]) -> Flo
         return blended
     if isinstance(config, NearestConfig):
         return _nearest(config, params, history)
+    if isinstance(config, LanguageConfig):
+        raise ProtocolError(NOT_HERE)
     if isinstance(config, TextTransformerConfig):
         config, params = merged(config, params)
     user = _user(config, params, history)

@@ -50,12 +50,14 @@ class Recommender(nn.Module, ABC):
         local_names: names of tensors that live on the client only (a user vector); never uploaded.
         gathers: whether training touches only the item rows named in the batch.
         personal: whether two histories may get different recommendations.
+        together: whether clients may train in one computation; if not, one after the other.
     """
 
     row_names: ClassVar[frozenset[str]] = frozenset()
     local_names: ClassVar[frozenset[str]] = frozenset()
     gathers: bool = True
     personal: ClassVar[bool] = True
+    together: ClassVar[bool] = True
     config: AnyModelConfig
     n_items: int
     spec: BatchSpec

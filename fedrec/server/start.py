@@ -12,7 +12,7 @@ from fedrec.data.catalog import ItemCatalog
 from fedrec.data.features import Matrix, item_features
 from fedrec.errors import ConfigError
 from fedrec.models.build import MODELS
-from fedrec.models.configs import AnyModelConfig, ModelConfig, NearestConfig, TextTransformerConfig
+from fedrec.models.configs import AnyModelConfig, LanguageConfig, ModelConfig, NearestConfig, TextTransformerConfig
 from fedrec.models.portable import expected_shapes
 from fedrec.params import Array
 from fedrec.server.registry import Registry
@@ -67,7 +67,7 @@ def public_vectors(
         DataError: the items have neither text nor attributes, or the encoder is not installed.
     """
     model = experiment.model
-    if not isinstance(model, TextTransformerConfig | NearestConfig):
+    if not isinstance(model, TextTransformerConfig | LanguageConfig | NearestConfig):
         return None
     if source is None or experiment.start is None:
         return item_features(catalog, model.features, n_fitted)

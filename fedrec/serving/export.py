@@ -20,6 +20,7 @@ from fedrec.models.configs import (
     BlendConfig,
     FactorisationConfig,
     GruConfig,
+    LanguageConfig,
     MachineConfig,
     NcfConfig,
     NearestConfig,
@@ -128,6 +129,10 @@ def _scores(g: _Graph, config: AnyModelConfig, params: Params, items: str) -> st
         raise FedrecError(
             "A factorisation solves equations for each person, for which ONNX has no operation; export it for devices "
             "instead (--format device)."
+        )
+    if isinstance(config, LanguageConfig):
+        raise FedrecError(
+            "A language model has no ONNX form here; give devices a student ([training.student]) instead."
         )
     if isinstance(config, TextTransformerConfig):
         config, params = merged(config, params)

@@ -12,6 +12,7 @@ from fedrec.config import Experiment
 from fedrec.data.features import item_features
 from fedrec.errors import ConfigError, RegistryError
 from fedrec.grid.simulate import simulate
+from fedrec.server.pretrain import pretrain
 from fedrec.server.registry import Registry
 from fedrec.server.start import joined
 from tests.support import dataset_of, merged, small_document, small_rows
@@ -79,3 +80,27 @@ def test_adapters_can_be_put_beside_what_came_without_them(elsewhere: Path, tmp_
     theirs, ours = Registry(elsewhere).load().params, Registry(tmp_path / "r").load().params
     assert np.array_equal(theirs["blocks.0.widen.weight"], ours["blocks.0.widen.weight"])
     assert ours["blocks.0.widen.up"].any()
+
+
+def test_the_server_pre_trains_on_public_data_and_a_run_elsewhere_begins_from_it(tmp_path: Path) -> None:
+    losses: list[float] = []
+    steps = {"training": {"base": {"rounds": 40}, "server": {"kind": "adam", "learning_rate": 1e-2}}}
+    made = pretrain(experiment(**steps), ELSEWHERE, Registry(tmp_path / "p"), lambda step, loss: losses.append(loss))
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert made.manifest.privacy["epsilon"] is None
+    assert "public data" in made.manifest.privacy["statement"]
+    none = {"base": {"rounds": 0}, "later": {"rounds": 0}, "average": 0.0}
+    wanted = experiment(start={"registry": str(tmp_path / "p")}, training=none)
+    simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=HERE)
+    ours = Registry(tmp_path / "r").load()
+    assert np.array_equal(made.params["projection.weight"], ours.params["projection.weight"])
+    assert pretrain(experiment(**steps), ELSEWHERE, Registry(tmp_path / "p")).version == made.version  # the same bytes
+
+
+def test_pre_training_refuses_what_it_would_not_do(tmp_path: Path) -> None:
+    private = {"privacy": {"mode": "central", "epsilon": 8.0}}
+    spectral = {"model": {"kind": "spectral"}, "training": {"statistics": {}, "base": {"rounds": 0}}}
+    for changes, words in ((private, "public data"), (spectral, "models of sequences")):
+        with pytest.raises(ConfigError, match=words):
+            pretrain(experiment(**changes), ELSEWHERE, Registry(tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
