@@ -120,7 +120,7 @@ def over_seeds(lives: Sequence[Lived]) -> Spread:
 def over_people(one: Lived) -> Spread:
     """Return the harmonic mean of one life with an interval over people: at most, as if all blocks erred together."""
     life, releases = one.life, one.releases
-    cells = [[entry[METRIC] for entry in release["life"]] for release in releases]
+    cells = [[entry["all"]["metrics"][METRIC] for entry in release["life"]] for release in releases]
     n = len(cells)
 
     def half(pairs: Sequence[Mapping[str, float]]) -> float:

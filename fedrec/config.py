@@ -23,6 +23,7 @@ from fedrec.learning import (
     PoissonCohort,
     SgdConfig,
     StageConfig,
+    StoppingConfig,
     TurnCohort,
 )
 from fedrec.models.configs import TrainedConfig
@@ -81,6 +82,9 @@ class BlockSplit(_Settings):
     refit: Literal["no", "warm", "fresh"] = "no"
     """Train the later slices on everything so far instead of on their own block, going on from the release before
     ("warm") or from a new model ("fresh"): the ceiling, at its price."""
+    mask: Literal["known", "block"] = "known"
+    """What is no candidate in a test: all that is known of the person, or only what they took in the release's own
+    block, as F3CRec's published code does, where even a frozen model seems to forget. Only to compare with that."""
 
 
 class ScheduleSplit(_Settings):
@@ -101,10 +105,13 @@ class StatisticsConfig(CooccurrenceSettings):
     """One round of co-occurrence statistics a slice; the spectral model is made from it."""
 
     features: FeatureSettings = FeatureSettings()
+    recency: float = Field(default=1.0, ge=0, le=1)
+    """What part of older slices' counts stays in the popularity of the spectral model when a slice's are added; 1: all
+    slices count alike. Popularity that is shown beside it, as a row, always counts all."""
 
     def task(self, window: TimeWindow | LastWindow) -> CooccurrenceTask:
         """Return the task of one slice."""
-        return CooccurrenceTask(window=window, **self.model_dump(exclude={"features"}))
+        return CooccurrenceTask(window=window, **self.model_dump(exclude={"features", "recency"}))
 
 
 class TrainingConfig(_Settings):
@@ -139,6 +146,8 @@ class TrainingConfig(_Settings):
     """The first slice."""
     later: StageConfig = StageConfig(rounds=50, final=0.1)
     """Every later slice."""
+    stopping: StoppingConfig | None = None
+    """End a slice's rounds early, as validation says; None: all rounds are done."""
     codec: Codec = Plain()
     """How nodes write the sums of their clients' updates."""
     download: Float = "float32"
@@ -175,6 +184,9 @@ class EvaluationConfig(_Settings):
     replicates: int = Field(default=200, ge=0)
     """How many bootstrap replicates the intervals come from."""
     local_only: LocalOnlyConfig = LocalOnlyConfig()
+    adapt: LocalTraining | None = None
+    """Also test the release as it is on a device that has trained its own copy so, on all that is known of the person;
+    the copy is never sent. None: leave the row "adapted" out."""
     sampled_negatives: int | None = Field(default=None, ge=1)
     """Also rank against this many random items, for comparison with old papers only."""
     promotion_margin: float | None = Field(default=None, ge=0, lt=1)

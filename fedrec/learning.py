@@ -142,3 +142,12 @@ class CurriculumConfig(_Settings):
     """After what share of a stage's rounds all items count."""
     start: float = Field(default=0.5, gt=0, le=1)
     """What share of all interactions counted so far the most frequent items make up that count from the first round."""
+
+
+class StoppingConfig(_Settings):
+    """Early stopping: a slice's rounds end when its validation part is served no better for a while."""
+
+    every: int = Field(default=10, ge=1)
+    """After how many rounds validation is asked; in a private run each time is paid for by `privacy.metrics_noise`."""
+    patience: int = Field(default=2, ge=1)
+    """After how many questions without a better answer the rounds end; the best parameters are released."""

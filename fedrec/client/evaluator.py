@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedrec.client.vectorised import train_batched
 from fedrec.data.batches import Cohort, histories
 from fedrec.data.catalog import ItemCatalog
-from fedrec.data.slices import resolve
+from fedrec.data.slices import TimeWindow, resolve
 from fedrec.errors import ProtocolError
 from fedrec.evaluation.intervals import contributions, poisson_weights
 from fedrec.evaluation.metrics import ALL, PeopleMetrics, average_people, evaluate_people, private_names
@@ -50,20 +50,26 @@ def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemC
         owner, asked = ask(people, task.probes)
         known = asked.low if task.known is None else resolve(people.log, task.known, people.users)[1][owner]
         context = replace(asked, low=known)
+        out, gone = np.zeros_like(known), known
+        if task.masked is not None:
+            out, gone = (place[owner] for place in resolve(people.log, task.masked, people.users))
+        back = (people.low[owner] if task.known is None else known) > 0
+        if task.new_since is not None:
+            back = _did_before(people, task.new_since)[owner]
         if task.personalise is None:
             scores = _scores(model, context, buffer[: len(asked)])
         else:
             scores = _own_scores(model, people, context, owner, task.personalise, plan.key.child("local-only"))
         metrics = evaluate_people(
             scores,
-            item_lists(asked, np.zeros_like(known), known),
+            item_lists(asked, out, gone),
             item_lists(asked, asked.low, asked.high),
             task.n_known_items,
             task.ks,
             attributes=attributes,
             popularity=plan.inputs["popularity"],
             overwrite=True,
-            returning=(people.low[owner] if task.known is None else known) > 0,
+            returning=back,
             sampled=(task.sampled_negatives, asked.ids, plan.key.child("sampled")) if task.sampled_negatives else None,
         )
         if task.private:
@@ -72,6 +78,11 @@ def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemC
         weights = poisson_weights(plan.key.child("bootstrap"), people.ids, task.replicates)
         sums.fold(contributions(average_people(metrics, owner, len(people)), weights))
     return Tally(sums.value(), len(cohort), {})
+
+
+def _did_before(people: Cohort, second: int) -> NDArray[np.bool_]:
+    """Return [c] who did something before."""
+    return resolve(people.log, TimeWindow(start=second, end=second), people.users)[0] > 0
 
 
 def bounded(people: PeopleMetrics, ks: tuple[int, ...]) -> dict[str, NDArray[np.float64]]:

@@ -24,6 +24,7 @@ SPAN = 1 << 30
 TRAIN, VALIDATION, TEST = 0, 1, 2
 Ints = NDArray[np.int64]
 Refit = Literal["no", "warm", "fresh"]
+Mask = Literal["known", "block"]
 
 
 def lay_out(
@@ -137,13 +138,14 @@ def in_blocks(
     )  # fmt: skip
 
 
-def block_slices(dataset: Dataset, n_blocks: int, refit: Refit = "no") -> tuple[TimeSlice, ...]:
+def block_slices(dataset: Dataset, n_blocks: int, refit: Refit = "no", mask: Mask = "known") -> tuple[TimeSlice, ...]:
     """Return the slices of a data set in blocks; what one keeps for validation, the next one trains on.
 
     Args:
         dataset: what `lay_out` returned.
         n_blocks: how many blocks it has.
         refit: whether the rounds of a slice train on all blocks so far, see `fedrec.config.BlockSplit`.
+        mask: what is no candidate, see there.
 
     Raises:
         DataError: the data set is not in so many blocks.
@@ -154,6 +156,7 @@ def block_slices(dataset: Dataset, n_blocks: int, refit: Refit = "no") -> tuple[
             f"'{dataset.name}' is not laid out in {n_blocks} blocks; make it with fedrec.data.blocks.in_blocks, or "
             'use split.kind = "stream".'
         )
+    sizes = [dataset.catalog.n_items_at(max(1, i) * SPAN) for i in range(n_blocks)]
     life = tuple(TimeWindow(start=(n_blocks + i) * SPAN, end=(n_blocks + i + 1) * SPAN) for i in range(n_blocks))
     return tuple(
         TimeSlice(
@@ -166,6 +169,9 @@ def block_slices(dataset: Dataset, n_blocks: int, refit: Refit = "no") -> tuple[
             fit=TimeWindow(start=0, end=i * SPAN + SPAN // 2) if refit != "no" else None,
             life=life,
             validation=TimeWindow(start=i * SPAN + SPAN // 2, end=(i + 1) * SPAN),
+            masked=TimeWindow(start=i * SPAN, end=(i + 1) * SPAN) if mask == "block" else None,
+            since=i * SPAN,
+            born=tuple((j * SPAN, sizes[j]) for j in range(n_blocks)),
         )
         for i in range(n_blocks)
     )

@@ -99,6 +99,9 @@ class TimeSlice:
         known: while testing, everything up to its end is known, whatever is tested; None: all before each question.
         fit: what the rounds train on, if not `train`; popularity and statistics are counted over `train` either way.
         life: the test windows of all slices, to measure what is retained; empty where nothing is held back for that.
+        masked: while testing, what people took in it is no candidate; None: all that is known.
+        since: people who did nothing before this second are new when tested; None: those of whom nothing is known.
+        born: of each slice of `life`, `since` and how many items there were before it.
         validation: interactions between `train` and `test`, for choices; None: none are kept.
     """
 
@@ -111,6 +114,9 @@ class TimeSlice:
     fit: TimeWindow | LastWindow | None = None
     life: tuple[TimeWindow, ...] = ()
     validation: TimeWindow | LastWindow | None = None
+    masked: TimeWindow | None = None
+    since: int | None = None
+    born: tuple[tuple[int, int], ...] = ()
 
     @property
     def new_items(self) -> range:

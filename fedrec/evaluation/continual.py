@@ -38,19 +38,21 @@ class Life:
     forward: float
 
 
-def matrix(releases: Sequence[Record], metric: str) -> NDArray[np.float64]:
+def matrix(releases: Sequence[Record], metric: str, group: str = "all") -> NDArray[np.float64]:
     """Return A [T, T] of a report's releases; nan where nobody was tested.
 
     Args:
-        releases: records with ``life``, one entry for each slice.
+        releases: records with ``life``, for each slice the groups of people and their metrics.
         metric: for example ``ndcg@20``.
+        group: of people: all, those who were there before the slice that is tested ("returning"), those who came with
+            it ("new"), or all, but of the items only those that came with it ("new_items").
     """
     life = [release.get("life") or [] for release in releases]
     n = max((len(row) for row in life), default=0)
     found = np.full((len(life), n), np.nan)
     for i, row in enumerate(life):
-        for j, metrics in enumerate(row):
-            value = ((metrics or {}).get(metric) or {}).get("value")
+        for j, groups in enumerate(row):
+            value = ((groups.get(group) or {}).get("metrics", {}).get(metric) or {}).get("value")
             found[i, j] = np.nan if value is None else value
     return found
 

@@ -10,6 +10,12 @@ from fedrec.evaluation.continual import matrix, measure
 from fedrec.evaluation.plots import Plot, new_figure, to_svg
 from fedrec.evaluation.words import Record, metric_name, pick_metric, score
 
+PARTS = {
+    "returning": "People who were there before a slice",
+    "new": "People who came with it",
+    "new_items": "Items that came with it",
+}
+
 
 def life_plot(releases: Sequence[Record]) -> Plot | None:
     """Return the heat map of releases by tests and what it comes to; None where nothing was held back for it."""
@@ -35,5 +41,16 @@ def life_plot(releases: Sequence[Record]) -> Plot | None:
         f"{score(life.harmonic)}; forgetting {score(life.forgetting)}, backward transfer {life.backward:+.3f}, before "
         f"it is learnt a slice is served at {score(life.forward)}."
     )
-    caption = f"{metric_name(metric)} of each release on what every slice held back. {words}"
+    caption = f"{metric_name(metric)} of each release on what every slice held back. {words}{_parts(releases, metric)}"
     return Plot("life", "What is learnt and what is retained", caption, to_svg(figure, "life", caption))
+
+
+def _parts(releases: Sequence[Record], metric: str) -> str:
+    """Return what the life is worth to people and items that were new in a slice, and to those that were not."""
+    found = ""
+    for group, what in PARTS.items():
+        a = matrix(releases, metric, group)
+        if a.shape[0] == a.shape[1] and not np.isnan(np.diag(a)).all():
+            life = measure(a)
+            found += f" {what}: learning {score(life.learning)}, retained {score(life.retained)}."
+    return found

@@ -161,6 +161,33 @@ def joined(prior: Params, fitted: Params, n_before: int, config: BlendConfig) ->
     return {**fitted, "item": item}
 
 
+def turned(prior: Params, fitted: Params, n_before: int, config: BlendConfig) -> dict[str, Array]:
+    r"""Return the fitted parameters with all item vectors laid anew in the prior's geometry, turned to lie as before.
+
+    .. math:: v_i = c \, s_i Q, \qquad Q = \arg\min_{Q^T Q = 1} \sum_{j < n} |v_j - s_j Q|^2
+
+    with s what `started` would give: distances are those of the statistic as it is now, directions those that the rest
+    of the model has learnt to read, and c gives the old items the spread that they had.
+
+    Args:
+        prior: of the spectral model, all items.
+        fitted: of the fitted model, all items.
+        n_before: n, how many there were before.
+        config: of the blend.
+
+    Source: Schoenemann, Psychometrika 1966 (orthogonal Procrustes).
+    """
+    known = np.flatnonzero(np.abs(_scoring_rows(prior, config)).sum(axis=1) > 0)
+    old = known[known < n_before]
+    if len(old) == 0:
+        return dict(fitted)
+    new, item = started(prior, fitted, config)["item"].astype(np.float64), fitted["item"].copy()
+    left, _, right = np.linalg.svd(new[old].T @ item[old])
+    scale = float(item[old].std()) / max(float(new[old].std()), 1e-12)
+    item[known] = (scale * new[known] @ (left @ right)).astype(item.dtype)
+    return {**fitted, "item": item}
+
+
 def _scoring_rows(prior: Params, config: BlendConfig) -> Array:
     return np.concatenate(
         [config.prior.item_weight * prior["items"], config.prior.feature_weight * prior["features"]], axis=1

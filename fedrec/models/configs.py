@@ -238,6 +238,9 @@ class BlendConfig(_Settings):
     """What is trained in rounds."""
     start: Literal["prior", "fresh"] = "prior"
     """Where its item vectors start: from the prior's geometry, or at random."""
+    follow: Literal["new", "all"] = "new"
+    """Which item vectors are laid where the prior has them when a later slice begins: those of items that join, or all,
+    turned to lie as the old ones did. It needs start = "prior"."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
     """Weights of the fitted scores that validation tries beside 0, the prior alone; both have spread 1."""
 

@@ -184,6 +184,11 @@ class EvaluateTask(_Settings):
     known: Window | None = None
     """Everything before its end is known when a question is asked, and nothing after it; None: everything before the
     question."""
+    masked: Window | None = None
+    """What the person took in it is no candidate; None: all that is known. Only to compare with papers that leave some
+    of it among the candidates."""
+    new_since: int | None = None
+    """Who did nothing before this second is new; None: of whom nothing is known."""
     n_known_items: int = Field(ge=0)
     """Items with this number or a higher one joined after training; they are reported apart."""
     sampled_negatives: int | None = Field(default=None, ge=1)

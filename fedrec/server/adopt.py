@@ -33,30 +33,44 @@ def adopt(work: Work) -> Work:
     In a private run every weight that is tried costs one noised release of metrics, whatever `privacy.metrics` says:
     the choice shows in the release.
     """
-    state, time_slice, recipe = work.state, work.time_slice, work.recipe
-    model, window = recipe.experiment.model, time_slice.validation
+    state, recipe = work.state, work.recipe
+    model = recipe.experiment.model
     if not isinstance(model, BlendConfig):
         return work
-    if window is None:
-        raise ValueError("a blend needs slices that keep a window for validation")
-    asked = replace(time_slice, test=window, n_items_test=time_slice.n_items, known=None, life=())
     contenders = {
         f"weight {weight:g}": Contender(model, blended(state.prior, state.released, weight))
         for weight in (0.0, *model.weights)
     }
-    popularity = {"counts": state.counts["counts"]}
-    if recipe.guard is None:
-        verdict = judge(contenders, asked, work.trusted, recipe, popularity)
-    else:
-        verdict = judge_privately(recipe.guard, contenders, asked, work.trusted, recipe, popularity)
-    metric = f"ndcg@{recipe.experiment.evaluation.ks[0]}"
-    tried = {name: row["all"]["metrics"][metric]["value"] for name, row in verdict["rows"].items()}
-    people = max((row["all"]["n"] for row in verdict["rows"].values()), default=0)
-    margin = 0.0 if recipe.guard is None else _margin(recipe.guard, recipe.experiment.evaluation.ks, people)
+    tried, margin, overhead = asked(work, contenders)
     weight = best((0.0, *model.weights), tried, margin)
-    overhead = {part: state.overhead[part] + verdict.get(part, 0) for part in state.overhead}
+    metric = f"ndcg@{recipe.experiment.evaluation.ks[0]}"
     adoption = {"weight": weight, "metric": metric, "tried": tried, "margin": margin}
     return work.advanced(adoption=adoption, overhead=overhead)
+
+
+def asked(work: Work, contenders: Mapping[str, Contender]) -> tuple[dict[str, float], float, dict[str, Any]]:
+    """Ask the slice's validation window about contenders.
+
+    Returns:
+        the NDCG of each at the first cut-off; what noise alone may put between two of them; the slice's overhead then.
+
+    Raises:
+        BudgetExhausted: a private run cannot pay for it; nothing was sent.
+    """
+    state, recipe, window = work.state, work.recipe, work.time_slice.validation
+    if window is None:
+        raise ValueError("choices need slices that keep a window for validation")
+    n_items = work.time_slice.n_items
+    question = replace(work.time_slice, test=window, n_items_test=n_items, known=None, life=(), masked=None)
+    popularity, ks = {"counts": state.counts["counts"]}, recipe.experiment.evaluation.ks
+    if recipe.guard is None:
+        verdict = judge(contenders, question, work.trusted, recipe, popularity)
+    else:
+        verdict = judge_privately(recipe.guard, contenders, question, work.trusted, recipe, popularity)
+    tried = {name: row["all"]["metrics"][f"ndcg@{ks[0]}"]["value"] for name, row in verdict["rows"].items()}
+    people = max((row["all"]["n"] for row in verdict["rows"].values()), default=0)
+    margin = 0.0 if recipe.guard is None else _margin(recipe.guard, ks, people)
+    return tried, margin, {part: state.overhead[part] + verdict.get(part, 0) for part in state.overhead}
 
 
 def best(weights: tuple[float, ...], tried: Mapping[str, float], margin: float) -> float:

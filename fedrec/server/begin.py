@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fedrec.config import BlockSplit, Experiment, StatisticsConfig
 from fedrec.data.features import item_features
 from fedrec.evaluation.asked import cooccurrence_shapes
-from fedrec.models.blend import joined, started
+from fedrec.models.blend import joined, started, turned
 from fedrec.models.build import trained
 from fedrec.models.configs import BlendConfig, PopularityConfig, SpectralConfig
 from fedrec.params import Array, Params
@@ -78,6 +78,8 @@ def _begun(work: Work, roster: Roster) -> Work:
         round=0,
         memories=memories,
         lesson={},
+        best={},
+        stopping={},
         overhead={"seconds": round(recipe.clock() - began, 4), "bytes_down": down, "bytes_up": up},
     )
 
@@ -134,6 +136,8 @@ def _statistic(work: Work, roster: Roster, params: Params, counts: Array) -> tup
         got = replace(got, sums={**got.sums, **variances})
     before = state.releases[-1]["n_items"] if state.releases else n_items
     total = {**added(grown_statistic(state.statistic, before, n_items), got.sums), "popular": popular, "counts": counts}
+    if settings.recency < 1.0:
+        total["recent"] = _recent(state.statistic.get("recent"), state.counts.get("counts"), counts, settings.recency)
     model = recipe.experiment.model
     if isinstance(model, SpectralConfig):
         params = spectral_params(total, counts, model, features, n_items)
@@ -143,8 +147,27 @@ def _statistic(work: Work, roster: Roster, params: Params, counts: Array) -> tup
         prior = spectral_params(total, counts, wanted, features, n_items)
     first = not state.params or anew(recipe.experiment)
     if isinstance(model, BlendConfig) and model.start == "prior":
-        params = started(prior, params, model) if first else joined(prior, params, before, model)
+        if first:
+            params = started(prior, params, model)
+        else:
+            params = (turned if model.follow == "all" else joined)(prior, params, before, model)
     return total, prior, params, got
+
+
+def _recent(recent: Array | None, before: Array | None, counts: Array, recency: float) -> Array:
+    """Return [n] counts in which each older slice weighs `recency` times as much as the next one.
+
+    Args:
+        recent: what this returned in the slice before; None in the first.
+        before: counts of all slices before; None in the first.
+        counts: [n] counts of all slices.
+        recency: the factor.
+    """
+    found = counts.copy()
+    if before is not None and recent is not None:
+        found[: len(before)] -= before
+        found[: len(recent)] += np.float32(recency) * recent
+    return found
 
 
 def statistic_features(work: Work, popular: Array) -> Features | None:

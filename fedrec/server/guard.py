@@ -117,6 +117,11 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
         if stage.rounds:
             event = _fitting(experiment, population, index, scale)
             events.append((f"slice {index}: {stage.rounds} rounds{_correlated(event)}", event))
+        asked = 0 if training.stopping is None else stage.rounds // training.stopping.every
+        if asked:
+            noise = settings.metrics_noise * scale
+            tried = GaussianEvent(noise_multiplier=noise, count=asked)
+            events.append((f"slice {index}: validation of the rounds", tried))
         if isinstance(experiment.model, BlendConfig):
             tried = GaussianEvent(
                 noise_multiplier=settings.metrics_noise * scale, count=1 + len(experiment.model.weights)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedrec.data.slices import TimeSlice, TimeWindow
+from fedrec.data.slices import FOREVER, LastWindow, TimeSlice, TimeWindow
 from fedrec.errors import RunError
 from fedrec.evaluation.asked import metric_shapes
 from fedrec.evaluation.intervals import Estimate, difference, summarise
@@ -22,7 +22,7 @@ from fedrec.models.recommender import get_params
 from fedrec.params import Params
 from fedrec.protocol.link import Link
 from fedrec.protocol.plan import RoundPlan
-from fedrec.protocol.task import EvaluateTask, FitTask
+from fedrec.protocol.task import EvaluateTask, FitTask, LocalTraining
 from fedrec.server.gather import Ask, Gathered, Roster, gather
 from fedrec.server.guard import Guard
 from fedrec.server.private import private_gather
@@ -90,19 +90,22 @@ def judge(
 
 def judge_life(
     contender: Contender, time_slice: TimeSlice, link: Link, recipe: Recipe, popularity: Params
-) -> tuple[list[dict[str, Any] | None], int, int]:
+) -> tuple[list[dict[str, Any]], int, int]:
     """Evaluate a release on the test window of every slice of the life, older and newer ones.
 
+    Who was new in a slice, and which items were, is judged by that slice.
+
     Returns:
-        One record per slice, metric to ``{"value", "low", "high"}``, None where nobody was tested; bytes down and up.
+        One record per slice, group to ``{"n", "metrics": {metric: {"value", "low", "high"}}}``, without groups where
+        nobody was tested; bytes down and up.
     """
     names, found = metric_names(recipe.experiment.evaluation.ks), []
     down = up = 0
-    for window in time_slice.life:
-        asked = replace(time_slice, test=window)
+    born = time_slice.born or ((None, time_slice.n_items),) * len(time_slice.life)
+    for window, (since, n_items) in zip(time_slice.life, born, strict=True):
+        asked = replace(time_slice, test=window, since=since, n_items=n_items)
         got = _ask(contender, asked, link, recipe, take_census(link, window, recipe), popularity)
-        row = as_rows(summarise(got.sums, names)) if got.n_clients else {}
-        found.append(row["all"]["metrics"] if "all" in row else None)
+        found.append(as_rows(summarise(got.sums, names)) if got.n_clients else {})
         down, up = down + got.bytes_down, up + got.bytes_up
     return found, down, up
 
@@ -137,6 +140,8 @@ def _question(
         window=time_slice.test,
         probes=settings.probes,
         known=time_slice.known,
+        masked=time_slice.masked,
+        new_since=time_slice.since,
         ks=settings.ks,
         replicates=0 if private else settings.replicates,
         n_known_items=time_slice.n_items,
@@ -262,17 +267,22 @@ def popularity_contender(counts: Params) -> Contender:
 
 def local_only_contender(recipe: Recipe, time_slice: TimeSlice) -> Contender:
     """Return the local-only row: a fresh model that each client trains alone on all that it did before the test."""
-    experiment = recipe.experiment
-    window = time_slice.train
+    settings, model = recipe.experiment.evaluation.local_only, trained(recipe.experiment.model)
+    fit = FitTask(window=_so_far(time_slice.train), local=settings.training)
+    return Contender(model, initial(model, time_slice.n_items, recipe), fit, settings.people)
+
+
+def adapted_contender(recipe: Recipe, time_slice: TimeSlice, params: Params, local: LocalTraining) -> Contender:
+    """Return the row of a release of which each client first trains a copy on all that is known of it."""
+    known = time_slice.known or time_slice.validation or time_slice.train
+    return Contender(recipe.experiment.model, params, FitTask(window=_so_far(known), local=local))
+
+
+def _so_far(window: TimeWindow | LastWindow) -> TimeWindow | LastWindow:
+    """Return all of a history up to the end of a window."""
     if isinstance(window, TimeWindow):
-        window = TimeWindow(start=-(2**62), end=window.end)
-    model = trained(experiment.model)
-    return Contender(
-        model,
-        initial(model, time_slice.n_items, recipe),
-        FitTask(window=window, local=experiment.evaluation.local_only.training),
-        experiment.evaluation.local_only.people,
-    )
+        return TimeWindow(start=-FOREVER, end=window.end)
+    return LastWindow(skip=window.skip)
 
 
 def as_json(estimate: Estimate) -> dict[str, float | None]:

@@ -105,9 +105,10 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
-    """Return the slices that the experiment asks for; those of a blend keep a window for validation."""
+    """Return the slices that the experiment asks for; where validation decides they keep a window for it."""
     slices = _cut(experiment, dataset)
-    keeps = isinstance(experiment.model, BlendConfig) and not isinstance(experiment.split, BlockSplit)
+    chooses = isinstance(experiment.model, BlendConfig) or experiment.training.stopping is not None
+    keeps = chooses and not isinstance(experiment.split, BlockSplit)
     return with_validation(slices, VALIDATION) if keeps else slices
 
 
@@ -116,7 +117,7 @@ def _cut(experiment: Experiment, dataset: Dataset) -> tuple[TimeSlice, ...]:
     if isinstance(split, LeaveOneOutSplit):
         return leave_one_out(dataset.catalog, split.test)
     if isinstance(split, BlockSplit):
-        return block_slices(dataset, split.later + 1, split.refit)
+        return block_slices(dataset, split.later + 1, split.refit, split.mask)
     if dataset.provenance.get("time_unit") == "blocks":
         raise RunError(f"'{experiment.data.source}' is laid out in blocks, without time; use split.kind = \"blocks\".")
     if dataset.provenance.get("time_unit") == "order":
@@ -165,6 +166,13 @@ def _check_training(experiment: Experiment) -> None:
         raise ConfigError(
             'In privacy.mode = "local" clients draw windows of their own; leave training.local.replay, imitate and '
             "history_negatives at their defaults, and training.ewc and training.curriculum out."
+        )
+    if experiment.privacy.mode == "local" and training.stopping is not None:
+        raise ConfigError('In privacy.mode = "local" nobody pays for validation; leave [training.stopping] out.')
+    made = isinstance(experiment.model, SpectralConfig | NearestConfig | BlendConfig)
+    if experiment.evaluation.adapt is not None and made:
+        raise ConfigError(
+            f'A device cannot train a model of kind "{experiment.model.kind}" on its own; leave evaluation.adapt out.'
         )
     staged = training.base.dropout is not None or training.later.dropout is not None
     if staged and not isinstance(model, TransformerConfig | TextTransformerConfig):

@@ -44,7 +44,8 @@ def spectral_params(
 
     Args:
         statistic: noised ``items`` [n (n + 1) / 2], ``features`` [r (r + 1) / 2]; what is missing leaves its part at
-            zero; ``variance`` [1] of the noise in each entry, 0 if missing.
+            zero; ``variance`` [1] of the noise in each entry, 0 if missing; ``recent`` [n] counts for the popularity
+            part, `counts` if missing.
         counts: [n] released popularity counts.
         config: ranks and powers.
         features: B [n, r].
@@ -65,7 +66,7 @@ def spectral_params(
     return {
         "items": rows,
         "features": carried,
-        "popularity": popularity(counts),
+        "popularity": popularity(statistic.get("recent", counts)),
         "item_spread": _covariance(rows),
         "feature_spread": _covariance(carried),
     }

@@ -16,7 +16,7 @@ from fedrec.random import Key
 
 _TENSORS = (
     "params", "average", "memory", "counts", "statistic", "anchor", "prior", "fisher", "teacher", "study", "memories",
-    "small", "small_memory",
+    "small", "small_memory", "best",
 )  # fmt: skip
 
 
@@ -46,6 +46,8 @@ class ServerState:
         memories: synthetic histories that the slice rehearses; empty in the first, or if training wants none.
         small: the parameters that small devices train; empty where there are no tiers.
         small_memory: the state of their optimizer.
+        best: the parameters that validation liked best in this slice so far, if training may stop early.
+        stopping: what validation said: "tried", the "round" of the best, and whether the rounds have "ended".
         lesson: how far the slice is distilled, from whom; empty before.
         adoption: how far a blend's fitted part was adopted in this slice, and what was tried.
         clip_norm: of the next round, where it is learnt; None where it is fixed.
@@ -76,6 +78,8 @@ class ServerState:
     memories: Params = field(default_factory=dict)
     small: Params = field(default_factory=dict)
     small_memory: Params = field(default_factory=dict)
+    best: Params = field(default_factory=dict)
+    stopping: Mapping[str, Any] = field(default_factory=dict)
     adoption: Mapping[str, Any] = field(default_factory=dict)
     lesson: Mapping[str, Any] = field(default_factory=dict)
     clip_norm: float | None = None

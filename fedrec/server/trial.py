@@ -11,6 +11,7 @@ from fedrec.models.configs import NearestConfig, SpectralConfig
 from fedrec.server.adopt import release_of
 from fedrec.server.judge import (
     Contender,
+    adapted_contender,
     judge,
     judge_life,
     judge_privately,
@@ -49,6 +50,9 @@ def _verdict(work: Work) -> dict[str, Any]:
     alone = recipe.experiment.evaluation.local_only.people and not isinstance(model, SpectralConfig | NearestConfig)
     if alone and not private:
         contenders["local_only"] = local_only_contender(recipe, time_slice)
+    adapt = recipe.experiment.evaluation.adapt
+    if adapt is not None and not private:
+        contenders["adapted"] = adapted_contender(recipe, time_slice, contenders["release"].params, adapt)
     counts = np.zeros(time_slice.n_items_test, np.float32)
     counts[: len(state.counts["counts"])] = state.counts["counts"]
     if recipe.guard is not None and private:

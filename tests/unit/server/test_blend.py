@@ -13,7 +13,7 @@ from fedrec.config import Experiment
 from fedrec.data.slices import LastWindow, TimeWindow, resolve, with_validation
 from fedrec.errors import ConfigError
 from fedrec.grid.simulate import simulate
-from fedrec.models.blend import blended, joined, started
+from fedrec.models.blend import blended, joined, started, turned
 from fedrec.models.build import build
 from fedrec.models.configs import BlendConfig, SpectralConfig, TransformerConfig
 from fedrec.models.recommender import get_params
@@ -148,6 +148,24 @@ def test_items_that_join_stand_where_the_prior_has_them() -> None:
     np.testing.assert_allclose(found[20:29], (rows @ turn)[20:29], atol=0.03)
     np.testing.assert_array_equal(found[29], fresh[29])
     np.testing.assert_array_equal(joined(prior, fitted, 30, config)["item"], fitted["item"])
+
+
+def test_all_items_can_be_laid_anew_and_only_be_turned() -> None:
+    config = BlendConfig(
+        prior=SpectralConfig(item_rank=4, feature_rank=0), fitted=TransformerConfig(dim=8, heads=1, length=8)
+    )
+    random = KEY.numpy()
+    prior = {"items": random.standard_normal((30, 4)).astype(np.float32), "features": np.zeros((30, 0), np.float32)}
+    fresh = get_params(build(config.fitted, 30, KEY))
+    begun = started(prior, fresh, config)
+    turn = np.linalg.qr(random.standard_normal((8, 8)))[0].astype(np.float32)
+    learnt = {**begun, "item": 3.0 * begun["item"] @ turn}
+    learnt["item"][20:] = fresh["item"][20:]
+    found = turned(prior, learnt, 20, config)["item"]
+    mine, theirs = found @ found.T, begun["item"] @ begun["item"].T
+    np.testing.assert_allclose(mine / np.linalg.norm(mine), theirs / np.linalg.norm(theirs), atol=1e-5)
+    np.testing.assert_allclose(found[:20], learnt["item"][:20], rtol=0.02, atol=0.02 * np.abs(found).max())
+    assert turned(prior, learnt, 0, config)["item"] is not None
 
 
 def test_fitted_scores_have_spread_one_and_the_weight_scales_them() -> None:

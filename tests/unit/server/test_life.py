@@ -117,6 +117,34 @@ def test_the_report_shows_the_matrix_and_agrees_with_the_table(tmp_path: Path) -
     assert registry.verify() == []
 
 
+def test_who_and_what_was_new_in_a_slice_stays_new_in_its_test_for_life(tmp_path: Path) -> None:
+    document, _ = simulated(small_experiment(split=BLOCKS, **ONCE), DATASET, tmp_path)
+    log, slices = DATASET.log, block_slices(DATASET, 3)
+    for release in document["releases"]:
+        for j, groups in enumerate(release["life"]):
+            tested = np.diff(np.stack(resolve(log, slices[0].life[j])), axis=0)[0] > 0
+            first = np.asarray(log.time)[log.offsets[:-1]]
+            came = int((tested & (first >= j * SPAN)).sum())
+            assert groups.get("new", {"n": 0})["n"] == came
+            assert groups.get("returning", {"n": 0})["n"] == int(tested.sum()) - came
+    last = document["releases"][-1]["life"]
+    assert last[1]["new_items"]["n"] > 0
+    caption = life_plot(document["releases"]).caption  # type: ignore[union-attr]
+    assert "Items that came with it: learning" in caption
+
+
+def test_the_published_mask_leaves_what_is_known_from_other_blocks_among_the_candidates(tmp_path: Path) -> None:
+    changes = {"training__base": {"rounds": 1}, "training__later": {"rounds": 0}}
+    lives = {}
+    for mask in ("known", "block"):
+        experiment = small_experiment(split={**BLOCKS, "mask": mask}, **ONCE, **changes)
+        document, _ = simulated(experiment, DATASET, tmp_path / mask)
+        lives[mask] = matrix(document["releases"], "recall@10")
+    assert (lives["block"][2] < lives["known"][2]).any()
+    assert lives["block"][0, 0] == lives["known"][0, 0]
+    assert measure(lives["block"]).retained < measure(lives["known"]).retained
+
+
 def test_data_in_blocks_and_settings_must_agree(tmp_path: Path) -> None:
     with pytest.raises(FedrecError, match="laid out in blocks"):
         cut(small_experiment(), DATASET)
@@ -149,4 +177,5 @@ def test_mode_local_refuses_what_it_would_not_do(local: dict[str, object]) -> No
 
 def test_a_stream_without_held_back_tests_has_no_heat_map() -> None:
     assert life_plot([{"slice": 0, "life": []}, {"slice": 1, "life": []}]) is None
-    assert matrix([{"life": [{"ndcg@10": {"value": 0.5}}, None]}], "ndcg@10").tolist()[0][0] == 0.5
+    entry = {"all": {"metrics": {"ndcg@10": {"value": 0.5}}}}
+    assert matrix([{"life": [entry, {}]}], "ndcg@10").tolist()[0][0] == 0.5
