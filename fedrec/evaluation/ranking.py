@@ -6,7 +6,6 @@ and a score that is NaN is the worst score there is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -15,17 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec.errors import ConfigError, DataError
+from fedrec.evaluation.passes import WORST, Flags, bound_of_kth, n_at_least, row_blocks
 from fedrec.random import Key
-
-_BLOCK_VALUES = 1 << 18
-"""Scores looked at in one go: small enough to stay in the cache."""
-_SORT_FROM = 5
-"""Targets per person from which sorting the scores once beats comparing them with each target."""
-_MIN_GROUPS, _GROUPS_PER_PLACE = 96, 8
-"""Groups that items are cut into for a first guess at the best ones: so many, or so many for each place of the list."""
-_MAX_FOLDS = 8
-"""Parts of a row whose maximum is taken in one go."""
-_WORST = np.finfo(np.float32).min
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,16 +113,16 @@ class Candidates:
         _check_inside(scores, rows, items, "known")
         masked = np.array(scores, np.float32, order="C", copy=None if overwrite and scores.flags.writeable else True)
         # The smallest score is NaN where any is: looking costs a quarter of replacing.
-        if masked.size and not masked.min() >= _WORST:
-            np.fmax(masked, _WORST, out=masked)
+        if masked.size and not masked.min() >= WORST:
+            np.fmax(masked, WORST, out=masked)
         masked.reshape(-1)[rows * scores.shape[1] + items] = -np.inf
         return cls(masked)
 
     @property
     def n_candidates(self) -> NDArray[np.int64]:
         """[b] how many items each person may be recommended."""
-        blocks = _row_blocks(*self.scores.shape)
-        counts = [self._flags.at_least(self.scores[block], _WORST).sum() for block in blocks]
+        blocks = row_blocks(*self.scores.shape)
+        counts = [self._flags.at_least(self.scores[block], WORST).sum() for block in blocks]
         return np.concatenate([np.zeros(0, np.int64), *counts])
 
     def unknown(self, targets: Targets) -> Targets:
@@ -157,8 +147,9 @@ class Candidates:
         order = np.lexsort((targets.items, -scores, rows))
         targets, scores = ItemLists(targets.offsets, targets.items[order]), scores[order]
         starts = targets.offsets[rows]
-        above = _n_at_least(self.scores, rows, scores, self._flags) - (_run_ends(rows, scores) - starts)
-        return RankedTargets(targets, np.arange(len(rows)) - starts + 1 + above, self.n_candidates)
+        as_good, n_candidates = self._counts(rows, scores)
+        above = as_good - (_run_ends(rows, scores) - starts)
+        return RankedTargets(targets, np.arange(len(rows)) - starts + 1 + above, n_candidates)
 
     def top_k(self, k: int, targets: Targets) -> NDArray[np.int64]:
         """List the best candidates; see `top_k`."""
@@ -167,9 +158,9 @@ class Candidates:
             raise ConfigError(f"A list of the best {k} items is empty; ask for 1 or more.")
         lists = np.empty((b, k), np.int64)
         target_places = self._places(targets)
-        for block in _row_blocks(b, n_items):
+        for block in row_blocks(b, n_items):
             scores = self.scores[block]
-            rows, items = self._flags.at_least(scores, _bound_of_kth(scores, k)).where()
+            rows, items = self._flags.at_least(scores, bound_of_kth(scores, k)).where()
             keys = _falling(rows, scores[rows, items])
             order = np.argsort(keys)
             if (np.diff(keys[order]) == 0).any():
@@ -180,9 +171,21 @@ class Candidates:
             lists[block] = np.append(items[order], -1)[np.where(place < starts[1:, None], place, -1)]
         return lists
 
+    def _counts(
+        self, rows: NDArray[np.int64], thresholds: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return how many candidates are at least as good as each of T thresholds, [T], and `n_candidates`."""
+        if not len(rows) or len(rows) != len(self.scores) or (np.diff(rows) != 1).any():
+            return n_at_least(self.scores, rows, thresholds, self._flags), self.n_candidates
+        above, n = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
+        for block in row_blocks(*self.scores.shape):  # one target each: both while the block is in the cache
+            above[block] = self._flags.at_least(self.scores[block], thresholds[block, None]).sum()
+            n[block] = self._flags.at_least(self.scores[block], WORST).sum()
+        return above, n
+
     @cached_property
-    def _flags(self) -> _Flags:
-        return _Flags(self.scores.shape[1])
+    def _flags(self) -> Flags:
+        return Flags(self.scores.shape[1])
 
     def _places(self, targets: Targets) -> NDArray[np.int64]:
         """Return where the targets' scores lie in the flattened ones, [T], having checked that they do."""
@@ -271,7 +274,7 @@ def sampled_ranks(
     few = np.full_like(others, -np.inf)
     few[held_out.rows, held_out.items] = candidates.scores[held_out.rows, held_out.items]
     n_drawn = min(n_sampled, n_items)
-    for block in _row_blocks(b, n_items):
+    for block in row_blocks(b, n_items):
         draws = np.where(others[block] > -np.inf, key.uniforms(clients[block], n_items), 1.0)
         items = np.argpartition(draws, n_drawn - 1, axis=1)[:, :n_drawn]
         rows = np.arange(block.start, block.stop)[:, None]
@@ -289,66 +292,6 @@ def _check_inside(scores: NDArray[np.float32], rows: NDArray[np.int64], items: N
                 raise DataError(f"{entry}, but the scores are of {b:,} people and {n_items:,} items.")
 
 
-def _row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
-    step = max(1, _BLOCK_VALUES // max(n_columns, 1))
-    for start in range(0, n_rows, step):
-        yield slice(start, min(start + step, n_rows))
-
-
-class _Flags:
-    """Which scores of a block of rows are high enough: one byte each, in memory that block after block uses again.
-
-    The bytes of a row are added eight at a time, as numbers of 64 bits: no more than 255 of these, so that no byte
-    overflows into the next.
-    """
-
-    def __init__(self, n_columns: int) -> None:
-        n_words = max(1, -(-n_columns // 8))
-        n_chunks = -(-n_words // 255)
-        n_rows = max(1, _BLOCK_VALUES // max(n_columns, 1))
-        self._words = np.zeros((n_rows, n_chunks, -(-n_words // n_chunks)), np.uint64)
-        self._bytes = self._words.view(np.bool_).reshape(len(self._words), -1)
-        self._n_columns, self._n_rows = n_columns, 0
-
-    def at_least(self, scores: NDArray[np.float32], thresholds: NDArray[np.float32] | np.float32) -> _Flags:
-        """Flag the scores of a block, [r, n], that are at least as high as thresholds [r, 1]."""
-        self._n_rows = len(scores)
-        np.greater_equal(scores, thresholds, out=self._bytes[: self._n_rows, : self._n_columns])
-        return self
-
-    def sum(self) -> NDArray[np.int64]:
-        """Return how many scores of each row are flagged, [r]."""
-        sums = self._words[: self._n_rows].sum(axis=2)
-        return np.asarray(sums.view(np.uint8).sum(axis=1, dtype=np.int64))
-
-    def where(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return rows and columns of the flagged scores, row by row; quick where they are few."""
-        words = self._words[: self._n_rows].reshape(-1)
-        some = np.flatnonzero(words != 0)
-        nth, byte = np.divmod(np.flatnonzero(words[some].view(np.bool_)), 8)
-        return np.divmod(some[nth] * 8 + byte, self._bytes.shape[1])
-
-
-def _bound_of_kth(scores: NDArray[np.float32], k: int) -> NDArray[np.float32] | np.float32:
-    """Return finite numbers, [r, 1], at most as high as the k-th best of each row and hardly lower.
-
-    The k best among the maxima of groups of scores are k different scores: the k-th best of all is no lower.
-    """
-    n = scores.shape[1]
-    if k >= n:
-        return _WORST
-    n_groups = max(_MIN_GROUPS, _GROUPS_PER_PLACE * k)
-    while n >= 2 * n_groups:
-        folds = min(_MAX_FOLDS, n // n_groups)
-        width = n // folds
-        maxima = scores[:, : folds * width].reshape(len(scores), folds, width).max(axis=1)
-        rest = maxima[:, : n - folds * width]
-        np.maximum(rest, scores[:, folds * width :], out=rest)
-        scores, n = maxima, width
-    # So few numbers are sorted sooner than partitioned.
-    return np.maximum(np.sort(scores, axis=1)[:, n - k, None], _WORST)
-
-
 def _falling(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return numbers, [T], in the order of (row, falling score), equal where both are: quicker to sort than pairs."""
     bits = (scores + np.float32(0)).view(np.int32)  # adding 0 turns -0 into it: they tie
@@ -361,37 +304,3 @@ def _run_ends(rows: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[n
     last[:-1] = (rows[1:] != rows[:-1]) | (scores[1:] != scores[:-1])
     ends = np.flatnonzero(last)
     return ends[np.searchsorted(ends, np.arange(len(rows)))] + 1
-
-
-def _n_at_least(
-    scores: NDArray[np.float32], rows: NDArray[np.int64], thresholds: NDArray[np.float32], flags: _Flags | None = None
-) -> NDArray[np.int64]:
-    """Return for each of T thresholds how many scores of its row, in ascending rows, are at least as high: [T]."""
-    if len(rows) >= _SORT_FROM * len(scores):
-        return _n_at_least_sorting(scores, rows, thresholds)
-    flags = flags or _Flags(scores.shape[1])
-    counts = np.empty(len(rows), np.int64)
-    for block in _row_blocks(len(rows), scores.shape[1]):
-        mine = rows[block]
-        # One target each is the common case, and then the rows need no copy.
-        own = scores[mine[0] : mine[-1] + 1] if (np.diff(mine) == 1).all() else scores[mine]
-        counts[block] = flags.at_least(own, thresholds[block, None]).sum()
-    return counts
-
-
-def _n_at_least_sorting(
-    scores: NDArray[np.float32], rows: NDArray[np.int64], thresholds: NDArray[np.float32]
-) -> NDArray[np.int64]:
-    """Return what `_n_at_least` returns, by sorting each row once and a binary search for each threshold."""
-    n = scores.shape[1]
-    counts = np.empty(len(rows), np.int64)
-    for block in _row_blocks(*scores.shape):
-        mine = slice(*np.searchsorted(rows, (block.start, block.stop)))
-        ordered = np.sort(scores[block], axis=1)
-        low, high = np.zeros(mine.stop - mine.start, np.int64), np.full(mine.stop - mine.start, n)
-        for _ in range(n.bit_length()):
-            middle = (low + high) // 2
-            below = (middle < n) & (ordered[rows[mine] - block.start, np.minimum(middle, n - 1)] < thresholds[mine])
-            low, high = np.where(below, middle + 1, low), np.where(below, high, middle)
-        counts[mine] = n - low
-    return counts

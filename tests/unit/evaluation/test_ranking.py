@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrec.errors import ConfigError, DataError
-from fedrec.evaluation import ranking
+from fedrec.evaluation import passes
 from fedrec.evaluation.ranking import Candidates, ItemLists, RankedTargets, Targets, rank_targets, sampled_ranks, top_k
 from fedrec.random import Key
 
@@ -77,8 +77,8 @@ def test_counting_by_sorting_agrees_with_counting_by_comparing(case: tuple[np.nd
     wanted = candidates.unknown(targets)
     thresholds = candidates.scores[wanted.rows, wanted.items]
     expected = [int((candidates.scores[r] >= t).sum()) for r, t in zip(wanted.rows, thresholds, strict=True)]
-    assert ranking._n_at_least(candidates.scores, wanted.rows, thresholds).tolist() == expected
-    assert ranking._n_at_least_sorting(candidates.scores, wanted.rows, thresholds).tolist() == expected
+    assert passes.n_at_least(candidates.scores, wanted.rows, thresholds).tolist() == expected
+    assert passes._n_at_least_sorting(candidates.scores, wanted.rows, thresholds).tolist() == expected
 
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         targets = ItemLists(np.arange(51) * per_person, generator.integers(0, 60, 50 * per_person))
         outcomes = []
         for values in (1, 7 * 60, 1 << 18):
-            monkeypatch.setattr(ranking, "_BLOCK_VALUES", values)
+            monkeypatch.setattr(passes, "_BLOCK_VALUES", values)
             outcomes.append(
                 (
                     rank_targets(scores, known, targets).ranks.tolist(),
