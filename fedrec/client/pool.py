@@ -175,12 +175,14 @@ class LogPool:
     def _fit(self, plan: RoundPlan, task: FitTask | FisherTask, cohort: Cohort) -> Tally:
         import torch
 
+        from fedrec.client.allocator import keep_freed_memory
         from fedrec.client.lesson import lesson_of
         from fedrec.client.trainer import cache_block, train_each
         from fedrec.client.vectorised import train_batched
         from fedrec.models.build import restore
         from fedrec.models.recommender import learnt
 
+        keep_freed_memory()
         train = train_batched if self.engine == "batched" else train_each
         if self.budget is not None and isinstance(task, FitTask) and task.private is not None:
             from fedrec.client.local import fit_locally

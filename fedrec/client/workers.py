@@ -7,7 +7,6 @@ per client. Each worker is a fresh ``python -m fedrec.client.workers``: it inher
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -34,10 +33,6 @@ from fedrec.protocol.tally import Tally
 MEMORY = Path("/dev/shm")
 SMALL = 16
 """With fewer clients than this the first worker does all of it: starting the others costs more."""
-KEPT_MEMORY = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")} | {
-    "MALLOC_TOP_PAD_": str(64 << 20)
-}
-"""The C library of a worker keeps what a block of clients gives back: taking it anew costs a page fault each 4 KiB."""
 
 
 class WorkerPool:
@@ -146,8 +141,7 @@ class _Worker:
         self._plan = Path(setup["folder"]) / f"plan-{number}"
         self._tally = Path(setup["folder"]) / f"tally-{number}"
         command = [sys.executable, "-m", "fedrec.client.workers"]
-        environment = {**KEPT_MEMORY, **os.environ}  # what the user has set counts
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._say({**setup, "plan": str(self._plan), "tally": str(self._tally)})
 
     def send(self, plan: RoundPlan) -> None:

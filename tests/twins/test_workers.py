@@ -91,13 +91,3 @@ def test_a_killed_worker_is_one_sentence() -> None:
         pool._workers[0]._process.wait()
         with pytest.raises(RunError, match="A worker process died"):
             pool.run(plan_to_fit(FactorisationConfig(dim=8), [1, 2, 3]))
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="only Linux shows a process's environment")
-def test_workers_keep_freed_memory_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MALLOC_TOP_PAD_", "4096")
-    with WorkerPool(DATA.log, DATA.catalog, 1) as pool:
-        pool.run(plan_to_fit(FactorisationConfig(dim=8), [1, 2, 3]))
-        given = Path(f"/proc/{pool._workers[0]._process.pid}/environ").read_text().split("\0")
-    assert "MALLOC_TOP_PAD_=4096" in given
-    assert f"MALLOC_TRIM_THRESHOLD_={1 << 30}" in given
