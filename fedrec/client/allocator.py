@@ -7,7 +7,7 @@ import os
 from functools import cache
 
 KEPT, LARGEST, GROWN = 1 << 30, 128 << 20, 64 << 20
-"""Bytes at the end of the heap that stay with the process, that are no longer taken from the heap, and that it grows by."""
+"""Bytes: of the free end of a heap that stay; from which on an array stands outside it; and by which it grows."""
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 _SET_BY_THE_USER = ("MALLOC_", "GLIBC_TUNABLES")
 
