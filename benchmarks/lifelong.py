@@ -1,8 +1,10 @@
 """A life in four blocks on three data sets, everything known masked: what is learnt, what is retained, at what price.
 
 Settings were chosen on validation parts (``--validation`` tests on those and leaves the tests out), never on a test.
-``--only f3crec``, ``movietweetings`` or ``amazon-video`` runs one data set, ``--seeds N`` the first N of five seeds; a
-full retraining takes two.
+``--only f3crec``, ``movietweetings`` or ``amazon-video`` runs one data set, ``--seeds N`` the first N of five seeds.
+``--part main`` measures what claims are made about; ``--part rows`` other ways not to forget, ours without each
+part, and F3CRec's published protocol. Time is processor time of this process, without
+evaluation. ``--keep FOLDER`` keeps every life, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -11,88 +13,42 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.harness import Row, claim, progress, run, unclaimed
+from benchmarks.life_rows import (
+    COUNTED,
+    MAIN_VARIANTS,
+    PRIVATE,
+    VARIANTS,
+    fitted,
+    ours,
+    parts_of_ours,
+    retrained,
+    spectral,
+)
 from benchmarks.lives import (
     DATASETS,
     METRIC,
     Hold,
+    Kept,
     Lived,
     blocks_of,
     experiment_of,
     forked,
     laid_over,
-    live,
     shared_base,
 )
 from fedrec.data.cleaning import Dataset
+from fedrec.evaluation.continual import matrix, measure
 
-SEEDS, RETRAINED = (1, 2, 3, 4, 5), 2
+SEEDS = (1, 2, 3, 4, 5)
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """97.5 % quantiles of Student's t by the number of seeds."""
 UNIT = "NDCG@20"
-PRIOR: dict[str, Any] = {
-    "feature_rank": 0, "item_power": 0.35, "decay": 0.88, "popularity_weight": 0.1,
-}  # fmt: skip
-STATISTICS: dict[str, Any] = {"item_share": 1.0, "feature_share": 0.0}
-BASE, LATER = 120, 12
-RANKS = {"f3crec": 60, "movietweetings": 120, "amazon-video": 160}
-LENGTHS = {"f3crec": 50, "movietweetings": 30, "amazon-video": 20}
-NONE: dict[str, Any] = {"base": {"rounds": 0}, "later": {"rounds": 0}}
-LIKES = {"history_negatives": False}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "fine-tune": {"later": {"dropout": 0.0}, "local": LIKES},
-    "dropout fine-tune": {"local": LIKES},
-    "+ history-aware negatives": {},
-    "EWC": {"ewc": {"strength": 0.03}},
-    "distillation on the client": {"local": {"imitate": 0.5}},
-    "replay": {"local": {"replay": 0.5}},
-    "F3CRec's method": {"local": {"replay": 0.5, "replay_by_shift": True}, "item_mean": 0.01},
-}
-"""What later blocks do, on the base that all share; but for the first two all spare old likes and use dropout."""
-
-
-def spectral(name: str) -> dict[str, Any]:
-    """Return the cumulative statistic alone."""
-    model = {"kind": "spectral", "item_rank": RANKS[name], **PRIOR}
-    return {"model": model, "training": {"statistics": STATISTICS, **NONE}}
-
-
-def fitted(name: str) -> dict[str, Any]:
-    """Return the transformer that the rows of the literature fine-tune."""
-    return {
-        "model": {
-            "kind": "transformer", "dim": 64, "length": LENGTHS[name],
-            "softmax": {"kind": "sampled", "negatives": 128},
-        },
-        "training": {
-            "average": 0.95, "cohort": {"kind": "poisson", "expected": 64},
-            "server": {"kind": "adam", "learning_rate": 3e-3},
-            "base": {"rounds": BASE, "warmup": 10, "final": 0.05},
-            "later": {"rounds": LATER, "warmup": 3, "final": 0.1, "speed": 0.5},
-        },
-    }  # fmt: skip
-
-
-def ours(name: str) -> dict[str, Any]:
-    """Return the cumulative statistic as prior, and a transformer that starts from it, rehearses and is added."""
-    fit = fitted(name)
-    model = {
-        "kind": "blend", "prior": {"item_rank": RANKS[name], **PRIOR}, "fitted": fit["model"],
-        "weights": [0.2, 0.5, 1.0, 2.0],
-    }  # fmt: skip
-    return {"model": model, "training": {**fit["training"], "statistics": STATISTICS, "local": {"replay": 0.5}}}
-
-
-def retrained(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a life that trains a new model on all blocks so far, as long as the base, at every block."""
-    base = document["training"]["base"]
-    return laid_over(
-        document, {"split": {"refit": "fresh"}, "training": {"later": {**base, "speed": 1.0}, "local": {"replay": 0.0}}}
-    )
 
 
 @dataclass(frozen=True)
@@ -146,10 +102,24 @@ def rows_of(name: str, what: str, lives: Sequence[Lived], spread: Spread) -> lis
         Row(f"{name}: {what}, harmonic mean, high", spread.high, UNIT),
         *(Row(f"{name}: {what}, {words}", means[part], UNIT) for part, words in PARTS.items()),
         *beyond,
-        Row(f"{name}: {what}, learning time", seconds, "s"),
+        *group_rows(name, what, lives),
+        Row(f"{name}: {what}, processor time of learning", seconds, "s"),
     ]
 
 
+def group_rows(name: str, what: str, lives: Sequence[Lived]) -> list[Row]:
+    """Return what people and items got that came with a block, and people who were there before."""
+    found = []
+    for group, words in GROUPS.items():
+        each = [measure(matrix(one.releases, METRIC, group)) for one in lives]
+        for part in ("learning", "retained"):
+            values = [getattr(life, part) for life in each]
+            if not np.isnan(values).any():
+                found.append(Row(f"{name}: {what}, {words}, {PARTS[part]}", float(np.mean(values)), UNIT))
+    return found
+
+
+GROUPS = {"returning": "returning people", "new": "new people", "new_items": "new items"}
 PARTS = {
     "learning": "learning average", "retained": "retained average", "forgetting": "forgetting",
     "backward": "backward transfer", "forward": "served before it is learnt",
@@ -163,106 +133,141 @@ def last_of(one: Lived, metric: str) -> float:
     return float("nan") if found is None else float(found)
 
 
-def measure_one(name: str, quick: bool, hold: Hold, n_seeds: int) -> list[Row]:
-    """Live all lives on one data set."""
-    dataset = blocks_of(name, hold)
-    seeds = SEEDS[: 1 if quick else n_seeds]
+@dataclass
+class Table:
+    """The rows of one data set as they come in.
+
+    Attributes:
+        name: of the data set.
+        dataset: its blocks.
+        kept: lives that were lived before.
+        seeds: which are run.
+        short: changes that make a quick run short.
+        rows: so far.
+        found: recommender to its spread.
+        seconds: recommender to its mean processor time.
+    """
+
+    name: str
+    dataset: Dataset
+    kept: Kept
+    seeds: Sequence[int]
+    short: Mapping[str, Any]
+    rows: list[Row]
+    found: dict[str, Spread]
+    seconds: dict[str, float]
+
+    def add(self, what: str, lives: Sequence[Lived], spread: Spread | None = None) -> None:
+        """Add the rows of a recommender."""
+        self.found[what] = spread or over_seeds(lives)
+        self.seconds[what] = float(np.mean([sum(one.seconds) for one in lives]))
+        self.rows.extend(rows_of(self.name, what, lives, self.found[what]))
+        shown = f"{self.found[what].mean:.4f} NDCG@20, {self.seconds[what]:.1f} s"
+        print(f"{self.name}: {what}: {shown}", file=sys.stderr, flush=True)
+
+    def lives(self, what: str, document: Mapping[str, Any], changes: Mapping[str, Any] | None = None) -> None:
+        """Live one life per seed, and add them."""
+        whole = laid_over(document, laid_over(self.short, changes or {}))
+        seeds = progress(self.seeds, f"{self.name}: {what}")
+        self.add(what, [self.kept.live(experiment_of(whole, seed), self.dataset) for seed in seeds])
+
+    def variants(self, which: Sequence[str], alone: int = 0) -> None:
+        """Fine-tune one base per seed in each of these ways."""
+        lives: dict[str, list[Lived]] = {what: [] for what in ("frozen base", *which)}
+        local = []
+        for seed in progress(self.seeds, f"{self.name}: fine-tuning"):
+            for what, one in self._forks(seed, which, alone if seed == self.seeds[0] else 0).items():
+                lives[what].append(one)
+            if seed == self.seeds[0] and alone:
+                base = lives["frozen base"][0]
+                local = [one["rows"]["local_only"]["all"]["metrics"][METRIC]["value"] for one in base.releases]
+        if local:
+            words = f"{self.name}: local-only, learning average of {alone} people"
+            self.rows.append(Row(words, float(np.mean(local)), UNIT))
+        for what, found in lives.items():
+            self.add(what, found)
+
+    def _forks(self, seed: int, which: Sequence[str], alone: int) -> dict[str, Lived]:
+        """Return the lives of one seed that share a base, the frozen one among them."""
+        frozen = {"training": {"later": {"rounds": 0}}, "evaluation": {"local_only": {"people": alone}}}
+        changes = {"frozen base": frozen, **{what: {"training": VARIANTS[what]} for what in which}}
+        document = fitted(self.name)
+        wanted = {what: experiment_of(document, seed, laid_over(self.short, one)) for what, one in changes.items()}
+        found = {what: self.kept.find(one, self.dataset) for what, one in wanted.items()}
+        if None in found.values():
+            with shared_base(wanted["frozen base"], self.dataset) as (base, kept):
+                found["frozen base"] = self.kept.put(wanted["frozen base"], self.dataset, base)
+                for what, one in wanted.items():
+                    if found[what] is None:
+                        found[what] = self.kept.put(one, self.dataset, forked(one, self.dataset, base, kept))
+        return {what: one for what, one in found.items() if one is not None}
+
+
+def measure_one(name: str, part: str, quick: bool, hold: Hold, n_seeds: int, kept: Kept) -> list[Row]:
+    """Live all lives of a part on one data set."""
     short: dict[str, Any] = {"training": {"base": {"rounds": 6}, "later": {"rounds": 2}}} if quick else {}
+    table = Table(name, blocks_of(name, hold), kept, SEEDS[: 1 if quick else n_seeds], short, [], {}, {})
     judge = unclaimed if quick or hold == "validation" else claim
-    people = {"evaluation": {"replicates": 200}}
-    found: dict[str, Spread] = {}
-    seconds: dict[str, float] = {}
-    rows: list[Row] = []
+    if part == "main":
+        main_rows(table, judge)
+    else:
+        other_rows(table)
+    return table.rows
 
-    def table(what: str, lives: Sequence[Lived], spread: Spread | None = None) -> None:
-        found[what] = spread or over_seeds(lives)
-        seconds[what] = float(np.mean([sum(one.seconds) for one in lives]))
-        rows.extend(rows_of(name, what, lives, found[what]))
-        print(f"{name}: {what}: {found[what].mean:.4f} NDCG@20, {seconds[what]:.1f} s", file=sys.stderr)
 
-    for what, changes in (
-        ("popularity", {"model": {"item_rank": 0, "popularity_weight": 1.0}}),
-        ("cumulative statistic", {}),
-    ):
-        one = live(experiment_of(spectral(name), 1, laid_over(changes, people)), dataset)
-        table(what, [one], over_people(one))
-    mine: dict[str, list[Lived]] = {"ours": [], "ours without replay": []}
-    for seed in progress(seeds, f"{name}: ours"):
-        with shared_base(experiment_of(ours(name), seed, short), dataset) as (one, kept):
-            mine["ours"].append(one)
-            no_replay = experiment_of(ours(name), seed, laid_over(short, {"training": {"local": {"replay": 0.0}}}))
-            mine["ours without replay"].append(forked(no_replay, dataset, one, kept))
-    for what, lives in mine.items():
-        table(what, lives)
-    table_of_variants(name, dataset, seeds, short, table, rows)
-    for what, document in (("full retraining", fitted(name)), ("full retraining of ours", ours(name))):
-        again = retrained(laid_over(document, short))
-        table(what, [live(experiment_of(again, s), dataset) for s in progress(seeds[:RETRAINED], f"{name}: {what}")])
-    ceiling = max(("full retraining", "full retraining of ours"), key=lambda what: found[what].mean)
-    rivals = ("fine-tune", "F3CRec's method")
-    rows += [
-        judge(
-            f"{name}: ours over {rival}, ratio of harmonic means", found["ours"].mean / found[rival].mean, "x", ">=", 1
-        )
-        for rival in rivals
-    ]
-    rows += [
-        judge(f"{name}: low end of ours less high end of {rival}", found["ours"].low - found[rival].high, UNIT, ">=", 0)
-        for rival in rivals
-    ]
+def main_rows(table: Table, judge: Callable[..., Row]) -> None:
+    """Add what claims are made about, and the claims."""
+    name, people = table.name, {"evaluation": {"replicates": 200}}
+    popular = {"model": {"item_rank": 0, "popularity_weight": 1.0}, "training": {"statistics": {"recency": 1.0}}}
+    for what, changes in (("popularity", popular), ("cumulative statistic", {})):
+        one = table.kept.live(experiment_of(spectral(name), 1, laid_over(changes, people)), table.dataset)
+        table.add(what, [one], over_people(one))
+    table.lives("ours", ours(name))
+    table.variants(MAIN_VARIANTS, alone=200)
+    table.lives(CEILING, retrained(ours(name)))
+    found, seconds, mine = table.found, table.seconds, table.found["ours"]
+    for rival in MAIN_VARIANTS:
+        ratio = mine.mean / found[rival].mean
+        table.rows.append(judge(f"{name}: ours over {rival}, ratio of harmonic means", ratio, "x", ">=", 1))
+        gap = mine.low - found[rival].high
+        table.rows.append(judge(f"{name}: low end of ours less high end of {rival}", gap, UNIT, ">=", 0))
     if name == "f3crec":
-        rows.append(judge(f"{name}: ours, harmonic mean", found["ours"].mean, UNIT, ">=", 0.165))
-    rows.append(judge(f"{name}: ours over {ceiling}", found["ours"].mean / found[ceiling].mean, "x", ">=", 0.97))
-    rows.append(judge(f"{name}: learning time over {ceiling}", seconds["ours"] / seconds[ceiling], "x", "<=", 1 / 3))
+        table.rows.append(judge(f"{name}: ours, harmonic mean", mine.mean, UNIT, ">=", 0.165))
+    table.rows.append(judge(f"{name}: ours over {CEILING}", mine.mean / found[CEILING].mean, "x", ">=", 0.97))
+    price = seconds["ours"] / seconds[CEILING]
+    table.rows.append(judge(f"{name}: processor time over {CEILING}", price, "x", "<=", 1 / 3))
     if name == "movietweetings":
-        rows += private_rows(name, dataset, seeds, judge)
-    return rows
+        table.rows += private_rows(table, judge)
 
 
-def table_of_variants(
-    name: str,
-    dataset: Dataset,
-    seeds: Sequence[int],
-    short: Mapping[str, Any],
-    table: Callable[[str, Sequence[Lived]], None],
-    rows: list[Row],
-) -> None:
-    """Fine-tune one base per seed in every way, and add up the table."""
-    lives: dict[str, list[Lived]] = {what: [] for what in ("frozen base", *VARIANTS)}
-    for seed in progress(seeds, f"{name}: fine-tuning"):
-        frozen = laid_over(short, {"training": {"later": {"rounds": 0}}})
-        alone = {"evaluation": {"local_only": {"people": 200 if seed == seeds[0] else 0}}}
-        with shared_base(experiment_of(fitted(name), seed, laid_over(frozen, alone)), dataset) as (base, kept):
-            lives["frozen base"].append(base)
-            for what, changes in VARIANTS.items():
-                changed = laid_over(short, {"training": changes})
-                lives[what].append(forked(experiment_of(fitted(name), seed, changed), dataset, base, kept))
-        if seed == seeds[0]:
-            local = [release["rows"]["local_only"]["all"]["metrics"][METRIC]["value"] for release in base.releases]
-            rows.append(Row(f"{name}: local-only, learning average of 200 people", float(np.mean(local)), UNIT))
-    for what, found in lives.items():
-        table(what, found)
+CEILING = "full retraining of ours"
 
 
-PRIVATE: dict[str, Any] = {
-    "model": {"item_rank": 60, "popularity_weight": 0.6, "decay": 0.95},
-    "privacy": {
-        "mode": "central", "epsilon": 8.0, "metrics": "research", "noise": "seed", "statistics": 1.0, "count": 4.0,
-        "count_clip": 4.0,
-    },
-}  # fmt: skip
+def other_rows(table: Table) -> None:
+    """Add the other ways not to forget, ours without each part, and on the F3CRec blocks their own protocol."""
+    name = table.name
+    table.variants([what for what in VARIANTS if what not in MAIN_VARIANTS])
+    for what, changes in parts_of_ours(name).items():
+        table.lives(f"ours, {what}", ours(name), changes)
+    table.lives("full retraining", retrained(fitted(name)))
+    if name == "f3crec":
+        theirs = {"split": {"mask": "block"}}
+        for what, document in {
+            "frozen base": laid_over(fitted(name), {"training": {"later": {"rounds": 0}}}),
+            **{what: laid_over(fitted(name), {"training": VARIANTS[what]}) for what in MAIN_VARIANTS},
+            "cumulative statistic": spectral(name),
+            "ours": ours(name),
+        }.items():
+            table.lives(f"published mask: {what}", document, theirs)
 
 
-def private_rows(name: str, dataset: Dataset, seeds: Sequence[int], judge: Callable[..., Row]) -> list[Row]:
+def private_rows(table: Table, judge: Callable[..., Row]) -> list[Row]:
     """Return what the statistic is worth at eps 8 over the whole life, beside counts that get the whole budget."""
-    counted = {
-        "model": {"kind": "factorisation", "dim": 2}, "training": NONE,
-        "privacy": {"mode": "central", "epsilon": 8.0, "metrics": "research", "noise": "seed", "count_clip": 4.0},
-    }  # fmt: skip
+    name, dataset, seeds = table.name, table.dataset, table.seeds
     release, popular, lives = [], [], []
     for seed in progress(seeds, f"{name}: eps 8"):
-        lives.append(live(experiment_of(laid_over(spectral(name), PRIVATE), seed), dataset))
-        other = live(experiment_of(counted, seed), dataset)
+        lives.append(table.kept.live(experiment_of(laid_over(spectral(name), PRIVATE), seed), dataset))
+        other = table.kept.live(experiment_of(COUNTED, seed), dataset)
         release.append([r["rows"]["release"]["all"]["metrics"][METRIC]["value"] for r in lives[-1].releases])
         popular.append([r["rows"]["popularity"]["all"]["metrics"][METRIC]["value"] for r in other.releases])
     mine, theirs = np.mean(release, axis=0), np.mean(popular, axis=0)
@@ -276,30 +281,43 @@ def private_rows(name: str, dataset: Dataset, seeds: Sequence[int], judge: Calla
     return [*rows, judge(f"{name}: epsilon spent over the life", spent, "epsilon", "<=", 8.0)]
 
 
+def option(rest: list[str], name: str, allowed: Sequence[str] | None, default: str) -> str:
+    """Take an option with its value, one of those allowed if any are named, out of the arguments.
+
+    Raises:
+        ValueError: the value is none of those allowed.
+    """
+    if name not in rest:
+        return default
+    place = rest.index(name)
+    given = "".join(rest[place + 1 : place + 2])
+    if allowed is not None and given not in allowed:
+        raise ValueError(f"{name} takes one of {', '.join(allowed)}.")
+    del rest[place : place + 2]
+    return given
+
+
 def main(argv: Sequence[str]) -> int:
     """Run what the arguments ask for."""
     hold: Hold = "validation" if "--validation" in argv else "test"
     rest = [argument for argument in argv if argument != "--validation"]
-    names: Sequence[str] = DATASETS
-    n_seeds = len(SEEDS)
-    if "--seeds" in rest:
-        place = rest.index("--seeds")
-        given = "".join(rest[place + 1 : place + 2])
-        n_seeds = int(given) if given.isdigit() else 0
-        if not 1 <= n_seeds <= len(SEEDS):
-            print(f"--seeds takes a number from 1 to {len(SEEDS)}.", file=sys.stderr)
-            return 2
-        del rest[place : place + 2]
-    if "--only" in rest:
-        place = rest.index("--only")
-        names = [rest[place + 1]] if rest[place + 1 : place + 2] else []
-        if not names or names[0] not in DATASETS:
-            print(f"--only takes one of {', '.join(DATASETS)}.", file=sys.stderr)
-            return 2
-        del rest[place : place + 2]
+    try:
+        n_seeds = int(option(rest, "--seeds", [str(n) for n in range(1, len(SEEDS) + 1)], str(len(SEEDS))))
+        keep = option(rest, "--keep", None, "")
+        only = option(rest, "--only", DATASETS, "")
+        part = option(rest, "--part", ("main", "rows"), "")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    kept = Kept(Path(keep) if keep else None)
+    typed = [one for i, one in enumerate(argv) if one != "--keep" and argv[max(0, i - 1)] != "--keep"]
+    names, parts = [only] if only else DATASETS, [part] if part else ("main", "rows")
     title = (__doc__ or "").split("\n")[0]
-    measure = lambda quick: [row for name in names for row in measure_one(name, quick, hold, n_seeds)]  # noqa: E731
-    return run("lifelong", title, measure, rest, argv)
+
+    def measured(quick: bool) -> list[Row]:
+        return [row for name in names for one in parts for row in measure_one(name, one, quick, hold, n_seeds, kept)]
+
+    return run("lifelong", title, measured, rest, typed)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from fedrec.data.sources import load_dataset
 from fedrec.errors import DataError
 from fedrec.evaluation.continual import Life, matrix, measure
 from fedrec.grid.simulate import simulate
-from fedrec.server.files import load_checkpoint, save_checkpoint
+from fedrec.server.files import load_checkpoint, save_checkpoint, write_atomically
 from fedrec.server.run import CHECKPOINT
 from fedrec.server.state import ServerState
 from fedrec.server.work import Event
@@ -81,7 +81,7 @@ class Lived:
 
     Attributes:
         document: the report's document.
-        seconds: of counting and training in each slice, without evaluation.
+        seconds: of processor time, for counting and training in each slice, without evaluation.
     """
 
     document: dict[str, Any]
@@ -104,6 +104,42 @@ class Lived:
         return measure(self.matrix)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A folder that keeps lives by what they compute, so that a benchmark that was stopped goes on.
+
+    Attributes:
+        folder: where; None keeps nothing.
+    """
+
+    folder: Path | None
+
+    def _path(self, experiment: Experiment, dataset: Dataset) -> Path | None:
+        name = f"{experiment.digest()[:24]}-{dataset.log.digest()[:12]}.json"
+        return None if self.folder is None else self.folder / name
+
+    def find(self, experiment: Experiment, dataset: Dataset) -> Lived | None:
+        """Return a life that was lived before."""
+        path = self._path(experiment, dataset)
+        if path is None or not path.is_file():
+            return None
+        found = json.loads(path.read_text("utf-8"))
+        return Lived(found["document"], tuple(found["seconds"]))
+
+    def put(self, experiment: Experiment, dataset: Dataset, one: Lived) -> Lived:
+        """Keep a life, and return it."""
+        path = self._path(experiment, dataset)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            document = {"document": {**one.document, "rounds": []}, "seconds": one.seconds}
+            write_atomically(path, json.dumps(document).encode())
+        return one
+
+    def live(self, experiment: Experiment, dataset: Dataset) -> Lived:
+        """Run a life, or return it if it was lived before."""
+        return self.find(experiment, dataset) or self.put(experiment, dataset, live(experiment, dataset))
+
+
 @dataclass
 class _Watch:
     """Times what is learnt, and keeps a copy of the run as it stands after the first release."""
@@ -114,7 +150,7 @@ class _Watch:
     began: float = 0.0
 
     def __call__(self, event: Event) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
         if event.kind == "slice":
             self.began = now
         elif event.kind == "evaluate":

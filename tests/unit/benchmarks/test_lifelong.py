@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.lifelong import VARIANTS, fitted, main, over_people, over_seeds, rows_of, spectral
-from benchmarks.lives import experiment_of, f3crec_blocks, forked, live, shared_base
+from benchmarks.life_rows import VARIANTS, fitted, ours, parts_of_ours, spectral
+from benchmarks.lifelong import main, over_people, over_seeds, rows_of
+from benchmarks.lives import DATASETS, experiment_of, f3crec_blocks, forked, live, shared_base
 from fedrec.data.blocks import block_slices
 from fedrec.data.slices import resolve
 from fedrec.errors import DataError
+from fedrec.server.teach import check_distil
 
 
 def write_blocks(folder: Path) -> None:
@@ -52,6 +54,14 @@ def test_every_variant_is_a_valid_experiment_that_differs_after_the_base(what: s
     assert training["base"] == plain["base"]
 
 
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_part_of_ours_can_be_left_out(name: str) -> None:
+    found = [experiment_of(ours(name), 1, changes) for changes in ({}, *parts_of_ours(name).values())]
+    assert len({one.digest() for one in found}) == len(found)
+    for changed in found:
+        check_distil(changed)
+
+
 def test_a_fork_is_the_life_that_it_stands_for_to_the_last_bit(tmp_path: Path) -> None:
     write_blocks(tmp_path)
     dataset = f3crec_blocks(tmp_path, "test")
@@ -82,4 +92,6 @@ def test_a_life_gives_finite_rows_and_an_interval_over_people(tmp_path: Path) ->
 
 def test_an_unknown_data_set_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "netflix"]) == 2
+    assert main(["--part", "some"]) == 2
+    assert main(["--seeds", "9"]) == 2
     assert "--only takes one of f3crec, movietweetings, amazon-video." in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.lifelong import PRIVATE, VARIANTS, fitted, ours, spectral
+from benchmarks.life_rows import PRIVATE, VARIANTS, fitted, ours, spectral
 from benchmarks.lives import experiment_of, laid_over
 from fedrec.config import Experiment, simulations_folder
 
