@@ -79,10 +79,13 @@ def prior_config(experiment: Experiment) -> SpectralConfig | None:
 
 
 def teach(work: Work) -> Work:
-    """Let all that the server has teach the fitted model, from where the state stands; stored every so many steps."""
+    """Let all that the server has teach the fitted model, from where the state stands; stored every so many steps.
+
+    In a slice in which nobody did anything there is nothing new to teach.
+    """
     state, time_slice, recipe = work.state, work.time_slice, work.recipe
     settings = recipe.experiment.training.distil
-    if settings is None or state.lesson.get("done"):
+    if settings is None or state.lesson.get("done") or (work.roster is not None and not work.roster.n_clients):
         return work
     began, checkpoint = recipe.clock(), work.desk.checkpoint
     key = work.key.child("distil")

@@ -27,8 +27,17 @@ SPECTRAL: dict[str, Any] = {
     "training__base": {"rounds": 0},
     "training__later": {"rounds": 0},
 }
+TAUGHT: dict[str, Any] = {
+    "training__statistics": {"item_share": 1.0, "feature_share": 0.0},
+    "training__distil": {
+        "steps": 3, "batch": 4, "places": 3, "prior": {"item_rank": 4, "feature_rank": 0, "length": 8},
+        "transfer": {"histories": 8, "length": 6},
+    },
+}  # fmt: skip
 MODELS = pytest.mark.parametrize(
-    "changes", [{}, {"training__ewc": {}, "training__local": {"imitate": 0.5, "replay": 0.5}}, SPECTRAL], ids=str
+    "changes",
+    [{}, {"training__ewc": {}, "training__local": {"imitate": 0.5, "replay": 0.5}}, SPECTRAL, TAUGHT],
+    ids=["plain", "guarded", "spectral", "distilled"],
 )
 
 
@@ -97,3 +106,5 @@ def test_items_that_vanish_stay_in_the_catalogue_with_their_counts(tmp_path: Pat
     tables = [v for name, v in last.params.items() if v.ndim == 2 and len(v) == len(last.catalog)]
     assert tables
     assert all(np.abs(table[numbers]).sum() > 0 for table in tables if np.abs(table).sum() > 0)
+    if "training__distil" in changes:
+        assert all(record["lesson"]["done"] and record["lesson"]["epsilon"] == 0.0 for record in state.releases)
