@@ -44,6 +44,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """What later blocks do, on the base that all share; all but fine-tune and dropout fine-tune spare old likes."""
 MAIN_VARIANTS = ("fine-tune", "F3CRec's method")
 
+DISTILLED: dict[str, Any] = {
+    "statistics": {"item_share": 1.0, "feature_share": 0.0},
+    "distil": {
+        "steps": 120, "learning_rate": 3e-3, "statistic": 3.0, "previous": 0.0, "prior": PRIOR["f3crec"],
+    },
+}  # fmt: skip
+TIERED: dict[str, Any] = {
+    **DISTILLED, "tiers": {},
+    "student": {
+        "model": {"kind": "transformer", "dim": 16, "expand": 2, "softmax": {"kind": "sampled", "negatives": 128}},
+        "share": 0.3, "learning_rate": 3e-3,
+    },
+}  # fmt: skip
+"""The transformer taught on synthetic histories; the same with half of the people on small devices."""
 PRIVATE: dict[str, Any] = {
     "model": {"item_rank": 60, "popularity_weight": 0.6, "decay": 0.95},
     "training": {"statistics": {"recency": 1.0}},

@@ -21,8 +21,10 @@ import numpy as np
 from benchmarks.harness import Row, claim, progress, run, unclaimed
 from benchmarks.life_rows import (
     COUNTED,
+    DISTILLED,
     MAIN_VARIANTS,
     PRIVATE,
+    TIERED,
     VARIANTS,
     fitted,
     ours,
@@ -251,6 +253,8 @@ def other_rows(table: Table) -> None:
         table.lives(f"ours, {what}", ours(name), changes)
     table.lives("full retraining", retrained(fitted(name)))
     if name == "f3crec":
+        for what, training in {"distilled": DISTILLED, "distilled, two tiers of devices": TIERED}.items():
+            table.lives(what, fitted(name), {"training": training})
         theirs = {"split": {"mask": "block"}}
         for what, document in {
             "frozen base": laid_over(fitted(name), {"training": {"later": {"rounds": 0}}}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 NAMES = {
@@ -11,9 +12,9 @@ NAMES = {
     "amazon-video": "Amazon-Video",
 }
 ROWS = (
-    "popularity", "frozen base", "fine-tune", "dropout fine-tune", "+ history-aware negatives", "EWC",
-    "distillation on the client", "replay", "F3CRec's method", "full retraining", "cumulative statistic", "ours",
-    "full retraining of ours",
+    "popularity", "frozen base", "fine-tune", "dropout fine-tune", "+ history-aware negatives", "L2 anchor", "EWC",
+    "distillation on the client", "replay", "synthetic replay", "F3CRec's method", "full retraining",
+    "cumulative statistic", "ours", "full retraining of ours",
 )  # fmt: skip
 
 
@@ -21,14 +22,15 @@ def draw(results: Path, out: Path) -> None:
     """Draw learning and retained average of every row, a panel for each data set."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4))
+    figure = Figure(figsize=(12, 4.4))
     panels = figure.subplots(1, len(NAMES), sharey=True)
     places = list(range(len(ROWS)))[::-1]
     for ax, (name, title) in zip(panels, NAMES.items(), strict=True):
-        rows = json.loads((results / f"lifelong-{name}.json").read_text("utf-8"))["rows"]
-        values = {row["what"]: row["value"] for row in rows}
+        files = sorted(results.glob(f"lifelong-{name}*.json"))
+        values = {row["what"]: row["value"] for file in files for row in json.loads(file.read_text("utf-8"))["rows"]}
         for part, marker in (("learning", "o"), ("retained", "s")):
-            ax.scatter([values[f"{name}: {row}, {part} average"] for row in ROWS], places, marker=marker, label=part)
+            found = [values.get(f"{name}: {row}, {part} average", math.nan) for row in ROWS]
+            ax.scatter(found, places, marker=marker, label=part)
         ax.set_yticks(places, ROWS)
         ax.set_title(title, fontsize=10)
         ax.grid(axis="x", alpha=0.3)
