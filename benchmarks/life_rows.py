@@ -15,14 +15,18 @@ BASE, LATER = 120, 12
 RANKS = {"f3crec": 60, "movietweetings": 120, "amazon-video": 160}
 LENGTHS = {"f3crec": 50, "movietweetings": 30, "amazon-video": 20}
 PRIOR: dict[str, dict[str, Any]] = {
-    name: {"item_rank": RANKS[name], "feature_rank": 0, "item_power": 0.35, "decay": 0.88, "popularity_weight": weight}
-    for name, weight in {"f3crec": 0.1, "movietweetings": 0.4, "amazon-video": 0.3}.items()
+    name: {"item_rank": RANKS[name], "feature_rank": 0, "item_power": 0.35, "decay": decay, "popularity_weight": weight}
+    for name, (decay, weight) in {
+        "f3crec": (0.88, 0.1),
+        "movietweetings": (0.75, 0.5),
+        "amazon-video": (0.88, 0.3),
+    }.items()
 }
 RECENCY = {"f3crec": 1.0, "movietweetings": 0.1, "amazon-video": 0.2}
 """What part of older blocks' counts is kept in the statistic's popularity."""
 FOLLOW = {"f3crec": "all", "movietweetings": "new", "amazon-video": "all"}
 """Which items are laid anew in the statistic's geometry at every block."""
-ROUNDS = {"f3crec": (40, 14), "movietweetings": (30, 12), "amazon-video": (30, 12)}
+ROUNDS = {"f3crec": (40, 14), "movietweetings": (20, 8), "amazon-video": (30, 12)}
 """Of ours, in the base and in later blocks: what a third of the retraining's time allows beside the statistic."""
 WEIGHTS = {"f3crec": [0.2, 0.5, 1.0], "movietweetings": [0.2, 0.5, 1.0, 2.0], "amazon-video": [0.2, 0.5, 1.0]}
 """How much of the fit validation may take."""
