@@ -16,7 +16,7 @@ from fedrec.privacy.accounting import check_epsilon, epsilon
 from fedrec.privacy.events import AnyEvent, Event, GaussianEvent, MatrixEvent
 from fedrec.random import Key
 
-VERSION = 1
+VERSION = 2
 USER, ADD_OR_REMOVE = "user", "add or remove one person"
 _START = "0" * 64
 _ROUNDING = 1e-9
@@ -33,6 +33,8 @@ class Entry(BaseModel):
         attempt: 1, or how many times the same name was charged: a retry pays again.
         event: the release.
         clip_norm: L2 bound of one person's contribution, in the units of what was released.
+        source: digest of all that the release is computed from, where noise and cohort come from a seed; None where
+            they come from the operating system.
         chain: SHA-256 over this entry and the `chain` before it.
     """
 
@@ -42,6 +44,7 @@ class Entry(BaseModel):
     attempt: int
     event: Event
     clip_norm: float | None
+    source: str | None = None
     chain: str
 
 
@@ -122,6 +125,7 @@ class PrivacyLedger:
         self._entries: list[Entry] = []
         self._attempts: dict[str, int] = {}
         self._room: dict[AnyEvent, int] = {}
+        self._left: list[Entry] = []
         self._file: IO[bytes] | None = None
         self._path = path
         if path is not None:
@@ -155,13 +159,19 @@ class PrivacyLedger:
         found._entries = entries
         return found
 
-    def charge(self, name: str, event: AnyEvent, clip_norm: float | None = None) -> Charge:
+    def charge(
+        self, name: str, event: AnyEvent, clip_norm: float | None = None, source: str | None = None
+    ) -> Charge:
         """Write down that a release is paid for, and return the receipt.
+
+        With a source, a charge that a killed process left for the same release is found again, once, instead of being
+        paid twice: the same seed, question and people give the same cohort and the same noise, so the same bytes.
 
         Args:
             name: what it is for; the same name again is a retry, which pays again.
             event: the release.
             clip_norm: the bound that the mechanism will use.
+            source: digest of all that the release is computed from; None wherever fresh noise is drawn.
 
         Raises:
             BudgetExhausted: all charges with this one would pass the budget; nothing is written.
@@ -169,6 +179,9 @@ class PrivacyLedger:
         """
         if self._path is not None and self._file is None:
             raise PrivacyError(f"The ledger '{self._path}' was opened for reading only.")
+        left = self._found(name, event, clip_norm, source)
+        if left is not None:
+            return Charge(left, _LEDGER)
         self._check(name, event)
         attempt = self._attempts.get(name, 0) + 1
         body: dict[str, Any] = {
@@ -176,6 +189,7 @@ class PrivacyLedger:
             "name": name,
             "attempt": attempt,
             "clip_norm": clip_norm,
+            "source": source,
         }
         body["event"] = event.model_dump(mode="json")
         entry = Entry(**body, chain=_chained(self._entries[-1].chain if self._entries else _START, body))
@@ -232,6 +246,16 @@ class PrivacyLedger:
     def __exit__(self, *error: object) -> None:
         """Close the file."""
         self.close()
+
+    def _found(self, name: str, event: AnyEvent, clip_norm: float | None, source: str | None) -> Entry | None:
+        """Take the charge that another process left for this very release, None if there is none."""
+        if source is None:
+            return None
+        wanted = (name, event, clip_norm, source)
+        found = next((e for e in self._left if (e.name, e.event, e.clip_norm, e.source) == wanted), None)
+        if found is not None:
+            self._left.remove(found)
+        return found
 
     def _check(self, name: str, event: AnyEvent) -> None:
         """Raise `BudgetExhausted` unless the event fits; how many of its kind fit is asked for many at once."""
@@ -290,7 +314,7 @@ class PrivacyLedger:
                 f"({self.adjacency}); what was promised cannot be changed while it is being spent."
             )
         self._truncate(sound)
-        self._entries = entries
+        self._entries, self._left = entries, list(entries)
         for entry in entries:
             self._attempts[entry.name] = entry.attempt
 

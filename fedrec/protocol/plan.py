@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedrec.data.slices import Window
 from fedrec.errors import ProtocolError
 from fedrec.models.configs import AnyModelConfig, ModelConfig
-from fedrec.params import Array, Params
+from fedrec.params import Array, Params, digest
 from fedrec.protocol import wire
 from fedrec.protocol.codec import F32, AnyCodec, Codec, Coding, Float, Plain, Sparse, from_half, to_half
 from fedrec.protocol.task import AnyTask, CooccurrenceTask, FitTask, Task
@@ -86,6 +88,14 @@ class RoundPlan:
         tensors = {_MODEL + name: _packed(value, self.download) for name, value in self.params.items()}
         tensors |= {_INPUT + name: value for name, value in self.inputs.items()}
         return wire.pack("plan", self._header, {**tensors, _SLOTS: self.slots})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is asked, of whomever: slots and ticket are left out."""
+        tensors = {_MODEL + name: value for name, value in self.params.items()}
+        tensors |= {_INPUT + name: value for name, value in self.inputs.items()}
+        header = json.dumps({**self._header, "ticket": ""}, sort_keys=True)
+        return hashlib.sha256(f"{digest(tensors)}|{header}".encode()).hexdigest()
 
     @cached_property
     def _header(self) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass, replace
 from typing import Any, Self
+
+import numpy as np
 
 from fedrec.config import Experiment
 from fedrec.errors import PrivacyError
@@ -21,6 +25,7 @@ from fedrec.privacy.noise import NoiseSource, SecureNoise, SeededNoise
 from fedrec.privacy.settings import AdaptiveClipping, BandedNoise, CentralPrivacy, DistributedPrivacy, UserLevelPrivacy
 from fedrec.protocol.codec import AnyCodec, Plain, Sparse
 from fedrec.random import Key
+from fedrec.server.gather import Ask
 from fedrec.server.stages import Stages
 
 JUDGED = 2
@@ -80,6 +85,14 @@ class Guard:
     def secret(self, charge: Charge) -> Key:
         """Return what the cohort of a charge is drawn from; nobody who sees the plan can derive it."""
         return Key(os.urandom(32)) if self.root is None else charge.key(self.root)
+
+    def source(self, ask: Ask, rate: float) -> str | None:
+        """Return the digest of all that a release from a seed is computed from; None: its noise is the system's."""
+        if self.root is None:
+            return None
+        plan = ask.plan_for(np.zeros(0, np.int64))
+        people = [[name, n_clients] for _, name, n_clients in ask.roster.nodes]
+        return hashlib.sha256(json.dumps([self.root.hex(), plan.digest, people, rate]).encode()).hexdigest()
 
     def noise(self, secret: Key) -> NoiseSource:
         """Return the noise of a charge."""

@@ -39,7 +39,8 @@ def private_gather(
 
     Args:
         guard: ledger and noise.
-        name: what the charge is for; a second charge of the same name is a retry, which pays again.
+        name: what the charge is for; a second charge of the same name is a retry, which pays again, but for one that
+            computes the same bytes from a seed.
         mechanism: clip norm and noise.
         rate: probability with which each eligible client takes part.
         expected_cohort: what the noised sum is divided by: public, never the number that came.
@@ -53,7 +54,7 @@ def private_gather(
         MaskingError: too few clients for a masked sum; the charge stands, nothing was opened.
     """
     event = mechanism.event(guard.charged(rate))
-    charge = guard.ledger.charge(name, event, clip_norm=mechanism.clip_norm)
+    charge = guard.ledger.charge(name, event, mechanism.clip_norm, guard.source(ask, rate))
     secret = guard.secret(charge)
     places = drawn(secret, ask.roster, rate)
     if isinstance(guard.settings, DistributedPrivacy):

@@ -72,7 +72,8 @@ def _adaptive(
     ask: Ask,
 ) -> tuple[Gathered, float | None]:
     """Gather the sum and how many updates needed no clipping, and release both under one charge."""
-    charge = guard.ledger.charge(name, mechanism.event(guard.charged(rate)), clip_norm=mechanism.clip_norm)
+    event = mechanism.event(guard.charged(rate))
+    charge = guard.ledger.charge(name, event, mechanism.clip_norm, guard.source(ask, rate))
     secret = guard.secret(charge)
     places = drawn(secret, ask.roster, rate)
     got = gather(ask, places, mechanism.clip_norm, counts=("clipped",))

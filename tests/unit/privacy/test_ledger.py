@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,24 @@ def test_the_same_name_again_is_a_retry_that_pays_again(tmp_path: Path) -> None:
     charge = again.charge("round 0", ROUND)
     assert charge.entry.attempt == 2
     assert again.spent() == pytest.approx(epsilon([ROUND, ROUND], DELTA))
+
+
+def test_what_a_killed_process_paid_from_a_seed_is_found_again_once_and_only_for_the_same_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    with opened(path) as book:
+        book.charge("round 0", ROUND, 1.0, source="a")
+        twice = book.charge("round 0", ROUND, 1.0, source="a")
+        assert twice.entry.attempt == 2, "in one process a second release is a second charge"
+    before = path.read_bytes()
+    with opened(path) as book:
+        assert [book.charge("round 0", ROUND, 1.0, source="a").entry.attempt for _ in range(2)] == [1, 2]
+        assert path.read_bytes() == before
+        assert book.charge("round 0", ROUND, 1.0, source="a").entry.attempt == 3
+    for other in ({"source": "b"}, {"source": None}, {"clip_norm": 2.0}, {"event": ONCE}):
+        said: dict[str, Any] = {"name": "round 0", "event": ROUND, "clip_norm": 1.0, "source": "a"} | other
+        with opened(path) as book:
+            n = len(book.entries())
+            assert book.charge(**said).entry.number == n + 1
 
 
 def test_the_budget_stops_before_anything_is_written(tmp_path: Path) -> None:

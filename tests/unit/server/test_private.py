@@ -30,7 +30,7 @@ from fedrec.server.private import private_gather
 from fedrec.server.round import Recipe, run_round, take_census
 from fedrec.server.run import LEDGER, check, cut
 from fedrec.server.state import ServerState
-from tests.support import PoolLink, dataset_of, merged, small_document, small_experiment, small_rows
+from tests.support import PoolLink, dataset_of, merged, small_document, small_experiment, small_rows, without_clock
 
 DATASET = dataset_of(small_rows())
 CENTRAL: dict[str, Any] = {"mode": "central", "epsilon": 8.0, "delta": 1e-3, "noise": "seed"}
@@ -164,12 +164,13 @@ def test_a_spent_budget_stops_the_run_and_the_last_release_stands(tmp_path: Path
     assert 0 < book.spent() <= 5.0
 
 
-def test_a_run_that_died_between_paying_and_receiving_pays_again(tmp_path: Path) -> None:
-    experiment = private({"calibrate": False, "epsilon": 1000.0})
-    calls = 0
+class Crash(Exception):
+    pass
 
-    class Crash(Exception):
-        pass
+
+def died_after_paying(experiment: Experiment, root: Path) -> tuple[dict[str, Any], Path, bytes]:
+    """Run, die in the fourth round before its checkpoint, and go on; return the report, the folder, the ledger left."""
+    calls = 0
 
     def observe(event: Any) -> None:
         nonlocal calls
@@ -178,14 +179,36 @@ def test_a_run_that_died_between_paying_and_receiving_pays_again(tmp_path: Path)
             raise Crash
 
     with pytest.raises(Crash):
-        simulate(experiment, runs=tmp_path, registry=tmp_path / "r", dataset=DATASET, observe=observe)
-    before = PrivacyLedger.read(tmp_path / "small" / "001" / LEDGER)
-    document, folder = simulate(experiment, runs=tmp_path, registry=tmp_path / "r", dataset=DATASET, resume=True)
+        simulate(experiment, runs=root, registry=root / "r", dataset=DATASET, observe=observe)
+    left = (root / "small" / "001" / LEDGER).read_bytes()
+    document, folder = simulate(experiment, runs=root, registry=root / "r", dataset=DATASET, resume=True)
+    return document, folder, left
+
+
+def test_a_run_that_died_between_paying_and_receiving_pays_again(tmp_path: Path) -> None:
+    experiment = private({"calibrate": False, "epsilon": 1000.0, "noise": "system"})
+    document, folder, left = died_after_paying(experiment, tmp_path)
     after = PrivacyLedger.read(folder / LEDGER)
-    assert after.entries()[: len(before.entries())] == before.entries()
+    assert (folder / LEDGER).read_bytes().startswith(left)
     retried = [entry.name for entry in after.entries() if entry.attempt == 2]
     assert retried == ["slice 0: round 3"]
-    assert document["totals"]["epsilon"] == after.spent() > before.spent()
+    assert all(entry.source is None for entry in after.entries())
+    (tmp_path / "left").write_bytes(left)
+    assert document["totals"]["epsilon"] == after.spent() > PrivacyLedger.read(tmp_path / "left").spent()
+
+
+@pytest.mark.parametrize("changes", [{}, {"adaptive": {"quantile": 0.6}}])
+def test_a_seeded_run_that_died_repeats_the_release_and_ends_with_the_same_bytes(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    experiment = private({"calibrate": False, "epsilon": 1000.0, **changes})
+    document, folder, _ = died_after_paying(experiment, tmp_path / "died")
+    whole, untouched = simulate(
+        experiment, runs=tmp_path / "whole", registry=tmp_path / "whole" / "r", dataset=DATASET
+    )
+    assert (folder / LEDGER).read_bytes() == (untouched / LEDGER).read_bytes()
+    assert [r["digest"] for r in document["releases"]] == [r["digest"] for r in whole["releases"]]
+    assert without_clock(document) == without_clock(whole)
 
 
 def silent(verb: Verb, reply: Reply) -> list[Reply]:
