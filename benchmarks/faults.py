@@ -2,127 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.federation import Federation, Nodes, Repeating, dataset, experiment
 from benchmarks.harness import Row, claim, progress, run, unclaimed
 from benchmarks.mutations import mutated
-from fedrec.client.pool import LogPool
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
-from fedrec.data.synthetic import checkerboard
 from fedrec.errors import FedrecError, RegistryError
 from fedrec.params import digest
-from fedrec.protocol.link import Reply, Verb
-from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
+from fedrec.privacy.ledger import Charge, Entry, PrivacyLedger
 from fedrec.protocol.tally import Expectation
-from fedrec.random import Key
 from fedrec.server.files import load_last_good, previous, save_checkpoint
 from fedrec.server.gather import _opened
-from fedrec.server.judge import initial
+from fedrec.server.guard import Guard
 from fedrec.server.registry import Registry
-from fedrec.server.round import Recipe, run_round, take_census
-from fedrec.server.run import RunFolder, cut, run_experiment
-from fedrec.server.state import ServerState
+from fedrec.server.round import run_round, take_census
+from fedrec.server.run import LEDGER, RunFolder, run_experiment
 
 SEED = 20
 
 
-def experiment(rounds: int = 20, **training: Any) -> Experiment:
-    """Return a small lifelong run."""
-    return Experiment.parse(
-        {
-            "name": "faults",
-            "seed": 3,
-            "split": {"kind": "stream", "base": 0.5, "later": 2, "holdout": 0.15},
-            "model": {
-                "kind": "transformer", "dim": 8, "blocks": 1, "heads": 2, "length": 8, "dropout": 0.1,
-                "softmax": {"kind": "sampled", "negatives": 8},
-            },
-            "training": {
-                "cohort": {"kind": "poisson", "expected": 16.0},
-                "average": 0.8,
-                "base": {"rounds": rounds},
-                "later": {"rounds": rounds // 2},
-                **training,
-            },
-            "evaluation": {"probes": 2, "ks": [10], "replicates": 10, "local_only": {"people": 0}},
-            "runtime": {"checkpoint_every": 1},
-        }
-    )  # fmt: skip
-
-
-def dataset() -> Dataset:
-    """Return made-up interactions of 80 people."""
-    return checkerboard(80, 60, 2, 25, Key.from_seed(1))
-
-
-class Nodes:
-    """Nodes in this process; some fall silent or send something else."""
-
-    def __init__(
-        self, data: Dataset, n: int, change: Mapping[int, Callable[[bytes], bytes | None]] | None = None
-    ) -> None:
-        """Host every n-th person on each node; `change` turns a node's honest reply into what it sends, if anything."""
-        self.pools = {100 + i: LogPool.partition(data.log, data.catalog, i, n) for i in range(n)}
-        self.change = dict(change or {})
-        self.plans: dict[int, RoundPlan] = {}
-
-    def nodes(self) -> list[int]:
-        """Return all ids."""
-        return sorted(self.pools)
-
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
-        """Answer."""
-        for node, document in documents.items():
-            pool = self.pools[node]
-            if verb == "census":
-                request = CensusRequest.from_bytes(document)
-                n_clients = pool.census(request.window, request.catalog_digest)
-                yield Reply(node, Census(node=pool.name, n_clients=n_clients, ticket=request.ticket).to_bytes())
-                continue
-            plan = self.plans[node] = RoundPlan.from_bytes(document)
-            sent: bytes | None = replace(pool.run(plan), ticket=plan.ticket).to_bytes(plan.coding, pool.name)
-            if node in self.change and sent is not None:
-                sent = self.change[node](sent)
-            if sent is not None:
-                yield Reply(node, sent)
-
-
-class Federation:
-    """A data set, its recipe and a state to run rounds from."""
-
-    def __init__(self, settings: Experiment) -> None:
-        """Prepare."""
-        self.data = dataset()
-        self.recipe = Recipe(settings, self.data.catalog.digest(), lambda: 0.0)
-        self.slice = cut(settings, self.data)[0]
-        params = initial(settings.model, self.slice.n_items, self.recipe)
-        self.fresh = ServerState("faults/001", settings.digest(), self.recipe.catalog_digest, params=params)
-
-    def rounds(self, link: Nodes, n: int) -> ServerState:
-        """Run some rounds and return the state."""
-        state, roster = self.fresh, take_census(link, self.slice.train, self.recipe)
-        for _ in range(n):
-            state, _ = run_round(state, link, self.recipe, self.slice, roster)
-        return state
-
-
-def outcome(root: Path) -> str:
-    """Return a digest of all that a run published and of its report, but for clocks."""
+def outcome(root: Path) -> tuple[str, bytes]:
+    """Return a digest of all that a run published and of its report, but for clocks; and the bytes of its ledger."""
     skipped = ("seconds", "judge_seconds", "command", "machine")
 
     def bare(value: Any) -> Any:
@@ -133,7 +50,8 @@ def outcome(root: Path) -> str:
     files = sorted((root / "registry" / "releases").rglob("*.*"))
     parts = [f"{path.name} {path.read_bytes().hex()}" for path in files if path.is_file()]
     [report] = root.glob("runs/faults/*/report.json")
-    return str(hash((tuple(parts), json.dumps(bare(json.loads(report.read_text("utf-8"))), sort_keys=True))))
+    parts.append(json.dumps(bare(json.loads(report.read_text("utf-8"))), sort_keys=True))
+    return hashlib.sha256("".join(parts).encode()).hexdigest(), report.with_name(LEDGER).read_bytes()
 
 
 def live(root: Path, settings: Experiment, data: Dataset) -> None:
@@ -165,30 +83,73 @@ def forked(work: Callable[[], None], kill_after: float | None = None) -> tuple[b
 
 
 def killed_servers(quick: bool) -> list[Row]:
-    """Kill a run at random moments, resume it, and compare it with one that was left alone."""
+    """Kill a private run at random moments, resume it, and compare it with one that was left alone."""
+    import dp_accounting  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
     import fedrec.client.evaluator
     import fedrec.client.trainer
-    import fedrec.evaluation.plots  # what children would each load anew  # noqa: F401
+    import fedrec.evaluation.plots  # all of this would each child load anew  # noqa: F401
 
-    settings, data, rng = experiment(), dataset(), random.Random(SEED)
+    data, rng, rows = dataset(), random.Random(SEED), []
+    n, n_fresh = (3, 2) if quick else (100, 20)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
+        settings = experiment(noise="seed")
         whole = root / "whole"
         forked(lambda: live(whole, settings, data))
-        shutil.rmtree(whole)
-        _, seconds = forked(lambda: live(whole, settings, data))
-        expected, same, killed, n = outcome(whole), 0, 0, 4 if quick else 100
-        for number in progress(range(n), "kills"):
-            place = root / str(number)
-            hit, _ = forked(lambda: live(place, settings, data), rng.uniform(0.02, 0.98) * seconds)  # noqa: B023
-            killed += hit
-            forked(lambda: live(place, settings, data))  # noqa: B023
-            same += outcome(place) == expected
-            shutil.rmtree(place)
-    return [
-        Row("in-process server: SIGKILLs that hit a living run", killed, f"of {n}"),
-        claim("in-process server, killed and resumed: same bytes as left alone", same, f"of {n}", ">=", n),
-    ]
+        model, ledger = outcome(whole)
+        places = list(killed_once(root / "seed", settings, data, rng, n))
+        outcomes = [outcome(place) for place in places]
+        rows += [
+            claim("in-process server, SIGKILLs at random moments that hit it alive", len(places), "", ">=", n),
+            claim("resumed: same releases and report as left alone, in bytes", *same(model, 0, outcomes), ">=", n),
+            claim("resumed: same ledger as left alone, in bytes", *same(ledger, 1, outcomes), ">=", n),
+        ]
+        least = PrivacyLedger.read(next(whole.glob(f"runs/*/*/{LEDGER}")))
+        places = list(killed_once(root / "fresh", experiment(noise="system"), data, rng, n_fresh))
+        books = [PrivacyLedger.read(next(place.glob(f"runs/*/*/{LEDGER}"))) for place in places]
+        unpaid = [unpaid_sums(place, book) for place, book in zip(places, books, strict=True)]
+        more = sum(book.spent() > least.spent() for book in books)
+        rows += [
+            Row("fresh noise: killed runs that paid more than one left alone", more, f"of {n_fresh}"),
+            claim("fresh noise: noised sums that had no charge of their own", sum(unpaid), "sums", "<=", 0),
+        ]
+    return rows
+
+
+def killed_once(root: Path, settings: Experiment, data: Dataset, rng: random.Random, n: int) -> Iterator[Path]:
+    """Yield folders of so many runs that were killed alive once, and then resumed to their end."""
+    _, seconds = forked(lambda: overheard(root / "timed", settings, data))
+    for number in progress(range(n), "kills"):
+        place, hit = root / str(number), False
+        while not hit:  # where the machine was faster than the kill, try again
+            shutil.rmtree(place, ignore_errors=True)
+            hit, _ = forked(lambda: overheard(place, settings, data), rng.uniform(0.02, 0.98) * seconds)  # noqa: B023
+        forked(lambda: overheard(place, settings, data))  # noqa: B023
+        yield place
+
+
+def same(expected: Any, part: int, outcomes: Sequence[tuple[Any, ...]]) -> tuple[int, str]:
+    """Return how many outcomes are as expected, and out of how many."""
+    return sum(one[part] == expected for one in outcomes), f"of {len(outcomes)}"
+
+
+def overheard(root: Path, settings: Experiment, data: Dataset) -> None:
+    """Do as `live` does, and write down which charge each noised sum used before anything is made of it."""
+
+    def told(guard: Guard, charge: Charge, *others: Any) -> None:
+        with (root / "told").open("a", encoding="utf-8") as file:
+            file.write(f"{charge.entry.number}\n")
+
+    Guard.told = told  # type: ignore[assignment, method-assign]
+    live(root, settings, data)
+
+
+def unpaid_sums(place: Path, book: PrivacyLedger) -> int:
+    """Return how many noised sums of a run were not the only one of a charge in its ledger."""
+    told = [int(line) for line in (place / "told").read_text(encoding="utf-8").split()]
+    return len(told) - len(set(told) & {entry.number for entry in book.entries()})
 
 
 def gone_clients() -> list[Row]:
@@ -207,7 +168,19 @@ def gone_clients() -> list[Row]:
         rows.append(
             claim(f"{share:.0%} gone, minimum_share 0.9: all rounds abandoned, nothing learnt", kept, "", ">=", 1)
         )
+        ledgers = [paid(nodes) for nodes in (gone, {})]
+        rows.append(
+            claim(f"{share:.0%} gone, private: same charges as with everybody", ledgers[0] == ledgers[1], "", ">=", 1)
+        )
     return rows
+
+
+def paid(gone: Mapping[int, Callable[[bytes], bytes | None]]) -> tuple[Entry, ...]:
+    """Return the ledger of five private rounds."""
+    private = Federation(experiment(noise="system"))
+    private.rounds(Nodes(private.data, 20, gone), 5)
+    assert private.recipe.guard is not None
+    return private.recipe.guard.ledger.entries()
 
 
 def bad_messages(quick: bool) -> list[Row]:
@@ -238,13 +211,26 @@ def bad_messages(quick: bool) -> list[Row]:
     replays = Nodes(federation.data, 3, {101: lambda sent: kept[0]})
     replayed = federation.rounds(replays, 10)
     refused = sum(bool(record["refused"]) for record in replayed.rounds)
-    same = digest(fuzzed.params) == digest(without.params) == digest(replayed.params)
+    doubled = federation.rounds(Repeating(federation.data, 3, instead=False), 10)
+    stolen = federation.rounds(Repeating(federation.data, 3, instead=True), 10)
+    again, honest = sum(bool(r["refused"]) for r in doubled.rounds), federation.rounds(Nodes(federation.data, 3), 10)
+    others = sum(bool(r["refused"]) for r in stolen.rounds)
+    unmoved = len({digest(state.params) for state in (fuzzed, without, replayed, stolen)}) == 1
     return [
         claim("mutated messages accepted", accepted, f"of {n}", "<=", 0),
         claim("mutated messages that crashed the server", crashed, f"of {n}", "<=", 0),
         claim("rounds of 10 in which the offender is named", named, "rounds", ">=", 10),
         claim("replays of an older round refused", refused, "of 10", ">=", 10),
-        claim("model after 10 such rounds as without the offender, in bytes", float(same), "", ">=", 1),
+        claim("answers sent twice: the second refused", again, "of 10", ">=", 10),
+        claim("another node's answer refused", others, "of 10", ">=", 10),
+        claim("model after 10 such rounds as without the offender, in bytes", unmoved, "", ">=", 1),
+        claim(
+            "model after 10 rounds of answers sent twice as sent once",
+            digest(doubled.params) == digest(honest.params),
+            "",
+            ">=",
+            1,
+        ),
     ]
 
 
@@ -314,6 +300,52 @@ def bad_disks(quick: bool) -> list[Row]:
     ]
 
 
+def full_disks(quick: bool) -> list[Row]:
+    """Let a real file system become full, or read-only, in the middle of a run; then make room, and resume."""
+    settings, data = experiment(noise="seed"), dataset()
+    with tempfile.TemporaryDirectory() as folder:
+        root, disk = Path(folder), Path(folder) / "disk"
+        forked(lambda: live(root / "whole", settings, data))
+        size = sum(path.stat().st_size for path in (root / "whole").rglob("*") if path.is_file())
+        expected, shares = outcome(root / "whole"), (0.4,) if quick else (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)
+        told = alike = 0
+        disk.mkdir()
+        for share in shares:
+            if subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={int(share * size)}", "tmpfs", disk], check=False
+            ).returncode:
+                return [Row("a real full disk: this user may not mount one", 0, f"of {len(shares)}")]
+            try:
+                full = stopped_with(disk / "run", settings, data, root / "said")
+                subprocess.run(["mount", "-o", "remount,ro,size=64m", disk], check=True)
+                closed = stopped_with(disk / "run", settings, data, root / "said")
+                told += ("full" in full or "No space" in full) and ("permission" in closed or "Read-only" in closed)
+                subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+                forked(lambda: live(disk / "run", settings, data))
+                alike += outcome(disk / "run") == expected
+            finally:
+                subprocess.run(["umount", disk], check=True)
+    n = len(shares)
+    return [
+        claim("disk full, then read-only: the run stopped with one sentence each", told, f"of {n}", ">=", n),
+        claim("then resumed with room: releases, report and ledger the same", alike, f"of {n}", ">=", n),
+    ]
+
+
+def stopped_with(place: Path, settings: Experiment, data: Dataset, said: Path) -> str:
+    """Return with what sentence a run stopped that cannot go on."""
+
+    def work() -> None:
+        said.write_text("", encoding="utf-8")
+        try:
+            live(place, settings, data)
+        except FedrecError as error:
+            said.write_text(str(error), encoding="utf-8")
+
+    forked(work)
+    return said.read_text(encoding="utf-8")
+
+
 def many_rounds(quick: bool) -> list[Row]:
     """Run many small rounds in one process; watch memory and open files."""
     n = 60 if quick else 1_000
@@ -350,6 +382,7 @@ def measure(quick: bool) -> Sequence[Row]:
         *bad_messages(quick),
         *stock_flower(),
         *bad_disks(quick),
+        *full_disks(quick),
         *many_rounds(quick),
     ]
 

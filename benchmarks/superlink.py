@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults import dataset, experiment
+from benchmarks.federation import dataset, experiment
 from benchmarks.harness import Row, claim, progress, run
 from fedrec.evaluation.report import toml
 
