@@ -83,6 +83,22 @@ class Trained:
         result: NDArray[np.float64] = torch.linalg.vector_norm(torch.stack(norms), dim=0).numpy()
         return result
 
+    def shortened(self, bound: float | None, n_items: int) -> Trained:
+        """Return the differences with every client's rows of item tables scaled down to a norm of `bound` at most.
+
+        Raises:
+            ValueError: differences of rows are not written out.
+        """
+        if bound is None:
+            return self
+        if self.products:
+            raise ValueError("the rows of products are not written out: train apart")
+        dense = {
+            name: _within(part, bound) if part.dim() > 1 and part.shape[1] == n_items else part
+            for name, part in self.dense.items()
+        }
+        return replace(self, dense=dense, sparse={name: _within(part, bound) for name, part in self.sparse.items()})
+
     def squared(self) -> Trained:
         """Return the squares of all differences; a row that a client touched stands once in `rows`: they are whole.
 
@@ -143,6 +159,13 @@ class Trained:
         """Return the whole parameters that one client ended with."""
         changes = self.alone(place).whole(shared)
         return {name: value + changes[name][0] if name in changes else value.clone() for name, value in shared.items()}
+
+
+def _within(part: Tensor, bound: float) -> Tensor:
+    """Scale rows [c, r, *shape] down to a norm; what is not finite stays so, and is found later."""
+    norms = torch.linalg.vector_norm(part.reshape(*part.shape[:2], -1), dim=2)
+    factors = bound / norms.clamp_min(bound)
+    return part * factors.view(*factors.shape, *[1] * (part.dim() - 2))
 
 
 def add_columns(table: Tensor, rows: Tensor, weights: Tensor, vectors: Tensor) -> None:

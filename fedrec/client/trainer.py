@@ -74,4 +74,5 @@ def train_each(model: Recommender, cohort: Cohort, local: LocalTraining, key: Ke
                 losses.append(loss.detach())
         deltas.append({name: own[name].detach() - shared[name] for name in shared})
     dense = {name: torch.stack([delta[name] for delta in deltas]) for name in shared}
-    return Trained(dense, torch.zeros(len(cohort), 0, dtype=torch.int64), {}, torch.stack(losses))
+    trained = Trained(dense, torch.zeros(len(cohort), 0, dtype=torch.int64), {}, torch.stack(losses))
+    return trained.shortened(local.item_clip, model.n_items)

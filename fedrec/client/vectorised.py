@@ -38,7 +38,7 @@ def train_batched(
     batches = step_batches(cohort, model, local, key, lesson)
     taught = [taught_by(lesson, to_torch(batch), local) for batch in batches]  # the teacher is one and the same for all
     kept = model.local_start(to_torch(batches[0]))
-    closed = isinstance(model, LeastSquares) and lesson.teacher is None and not lesson.apart
+    closed = isinstance(model, LeastSquares) and lesson.teacher is None and not lesson.apart and local.item_clip is None
     clients: ByClosedForm | ByAutograd = (
         ByClosedForm(model, kept, batches, local)
         if closed and isinstance(model, LeastSquares)
@@ -47,7 +47,7 @@ def train_batched(
     first = clients.step()
     for _ in range(1, local.steps):
         clients.step()
-    return clients.trained(first)
+    return clients.trained(first).shortened(local.item_clip, model.n_items)
 
 
 class ByAutograd:

@@ -59,6 +59,18 @@ def metric_shapes(task: EvaluateTask, n_items: int) -> Shapes:
     return {**shapes, "recommended": ((n_items,), np.dtype(np.int64))}
 
 
+def row_bounds(plan: RoundPlan) -> dict[str, float]:
+    """Return the L2 bound of what one client may do to a row of each item table; nothing where there is none.
+
+    An item table is what has a row for each item; clients go by the same rule.
+    """
+    task = plan.task
+    if not isinstance(task, FitTask) or task.local.item_clip is None or task.private is not None:
+        return {}
+    tables = [name for name, (shape, _) in shapes_of(plan).items() if shape and shape[0] == plan.n_items]
+    return dict.fromkeys(tables, task.local.item_clip)
+
+
 def bound_of(plan: RoundPlan) -> float | None:
     """Return the L2 bound of one client's contribution; None: there is none, or its own noise is in it."""
     task = plan.task

@@ -159,9 +159,7 @@ class PrivacyLedger:
         found._entries = entries
         return found
 
-    def charge(
-        self, name: str, event: AnyEvent, clip_norm: float | None = None, source: str | None = None
-    ) -> Charge:
+    def charge(self, name: str, event: AnyEvent, clip_norm: float | None = None, source: str | None = None) -> Charge:
         """Write down that a release is paid for, and return the receipt.
 
         With a source, a charge that a killed process left for the same release is found again, once, instead of being

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -98,6 +98,7 @@ class Expectation:
             top, so that exactly those sums pass which may have been within the bound before they were encoded.
         counts: statistics that say of how many of the clients something holds.
         most: bound of what one client adds to any single number, or None.
+        rows: name of an item table to the L2 bound of one client's part of each row.
     """
 
     shapes: Shapes
@@ -105,6 +106,7 @@ class Expectation:
     norm_bound: float | None = None
     counts: tuple[str, ...] = ()
     most: float | None = None
+    rows: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, tally: Tally) -> None:
         """Raise `TallyRefused` with the first thing that is wrong; finite before norm, for NaN passes any bound."""
@@ -136,6 +138,11 @@ class Expectation:
             wide = [name for name, value in tally.sums.items() if value.size and float(np.abs(value).max()) > limit]
             if wide:
                 raise TallyRefused(f"'{sorted(wide)[0]}' is beyond what {tally.n_clients} clients can have")
+        for name, bound in self.rows.items():
+            value = tally.sums[name]
+            longest = float(np.sqrt(np.square(value.reshape(len(value), -1), dtype=np.float64).sum(1).max(initial=0.0)))
+            if longest > bound * tally.n_clients * (1 + 1e-4) + tally.slack:
+                raise TallyRefused(f"it moves an item of '{name}' by {longest:.4g}, above the bound of its clients")
         if self.norm_bound is not None:
             norm, bound = named.norm(tally.sums), self.norm_bound * tally.n_clients
             if norm > bound * (1 + 1e-4) + tally.slack:

@@ -28,6 +28,9 @@ class LocalTraining(_Settings):
     """Step size. With one step the upload is minus this times the gradient."""
     clip_norm: float = Field(default=10.0, gt=0)
     """L2 bound of one client's whole update; longer ones are scaled down to it."""
+    item_clip: float | None = Field(default=None, gt=0)
+    """L2 bound of what one client's update does to one row of an item table, before the whole is clipped; server and
+    gateway check it of every sum that is not masked. None: there is none."""
     history_negatives: bool = True
     """Whether nothing that a client ever took is a negative; if not, only what it took in the window is spared. Models
     that train on pairs weigh all items alike, taken or not, so it changes nothing for them."""

@@ -39,9 +39,14 @@ def init(
         str | None, typer.Option("--public", help="host:port that nodes connect to, if a proxy stands in front.")
     ] = None,
     metrics_port: Annotated[int, typer.Option("--metrics-port", help="Of /metrics and /health; 0: none.")] = 9464,
+    signing_key: Annotated[
+        Path | None,
+        typer.Option("--signing-key", help="From `fedrec releases key`: sign plans, for a gateway's devices."),
+    ] = None,
 ) -> None:
     """Make a deployment: settings, a CA, a server certificate, and keys for the first nodes."""
     from fedrec.evaluation.report import toml
+    from fedrec.protocol.signing import read_key
     from fedrec.server.certificates import make_certificates, utc_clock
     from fedrec.server.deployment import CERTIFICATES, SETTINGS, Deployment, DeploymentFolder
 
@@ -57,9 +62,12 @@ def init(
         "public_address": public,
         "waiting": {"minimum_nodes": max(1, nodes)},
         "operations": {"port": metrics_port},
+        "signing": None if signing_key is None else {"key": str(signing_key.absolute())},
     }
     document = {name: value for name, value in document.items() if value is not None}
     Deployment.parse(document, "the deployment")
+    if signing_key is not None:
+        read_key(signing_key)
     place.write_settings(
         "# A deployment of fedrec; docs/operate.md says what every key means.\n" + toml(document) + "\n"
     )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec.errors import FedrecError, RunError, TallyRefused
+from fedrec.evaluation.asked import row_bounds
 from fedrec.params import Accumulator, Params
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
@@ -156,7 +157,9 @@ def gather(
             if reply.document is None:
                 raise TallyRefused(reply.error)
             bytes_up += len(reply.document)
-            expectation = Expectation(ask.shapes, len(slots[reply.node]), bound, counts, most)
+            expectation = Expectation(
+                ask.shapes, len(slots[reply.node]), bound, counts, most, row_bounds(plans[reply.node])
+            )
             tallies[reply.node] = _opened(reply.document, plans[reply.node], expectation)
         except FedrecError as error:
             fold.refused.append({"node": roster.name(reply.node), "reason": str(error)})

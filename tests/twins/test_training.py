@@ -159,6 +159,27 @@ def test_batched_training_is_training_each(config: AnyModelConfig, steps: int, m
     assert_close(totals(batched, shared, ones), totals(each, shared, ones), 1e-4)
 
 
+@models
+def test_rows_of_items_are_shortened_alike_in_both_twins_and_none_is_longer(config: AnyModelConfig) -> None:
+    model, people = lively(config, N_ITEMS), cohort()
+    longest = max(
+        float(part[0].reshape(N_ITEMS, -1).norm(dim=1).max())
+        for part in train_each(model, people, LOCAL, KEY).alone(0).whole(learnt(model)).values()
+        if part.dim() > 1 and part.shape[1] == N_ITEMS
+    )
+    local = LOCAL.model_copy(update={"item_clip": longest / 2})
+    each, batched = (train(model, people, local, KEY) for train in (train_each, train_batched))
+    shared = {name: value.detach() for name, value in learnt(model).items()}
+    ones = np.ones(len(people), np.float32)
+    assert_close(totals(batched, shared, ones), totals(each, shared, ones), 1e-4)
+    found = [
+        part.reshape(*part.shape[:2], -1).norm(dim=2)
+        for part in batched.whole(shared).values()
+        if part.dim() > 1 and part.shape[1] == N_ITEMS
+    ]
+    assert max(float(norms.max()) for norms in found) == pytest.approx(longest / 2, rel=1e-5)
+
+
 TAUGHT = [name for name in MODELS if name != "popularity"]
 
 

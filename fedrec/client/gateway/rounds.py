@@ -14,7 +14,7 @@ import numpy as np
 from fedrec import params as named
 from fedrec.client.gateway.spool import Upload
 from fedrec.errors import FedrecError, TallyRefused
-from fedrec.evaluation.asked import bound_of, shapes_of
+from fedrec.evaluation.asked import bound_of, row_bounds, shapes_of
 from fedrec.params import Accumulator
 from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import RoundPlan
@@ -137,7 +137,7 @@ def folded(plan: RoundPlan, name: str, answers: Mapping[int, Path], refuse: Refu
         refuse: is told whose tally was wrong, and why.
     """
     shapes, bound, coding = shapes_of(plan), bound_of(plan), plan.coding
-    expected = Expectation(shapes, 1, bound)
+    expected = Expectation(shapes, 1, bound, rows=row_bounds(plan))
     sums, stats, n_clients = Accumulator(), dict[str, float](), 0
     for slot in sorted(answers):
         try:

@@ -91,6 +91,16 @@ def test_a_nan_is_found_before_the_norm_which_it_would_pass() -> None:
         EXPECTED.check(tally)
 
 
+def test_a_sum_that_moves_one_item_too_far_is_refused() -> None:
+    shapes = {"item": ((3, 2), np.dtype(np.float32))}
+    expected = Expectation(shapes, 2, 10.0, rows={"item": 1.5})
+    rows = np.array([[3.0, 0.0], [0.0, 3.0], [2.0, 2.0]], np.float32)
+    expected.check(Tally({"item": rows}, 2, {}))
+    rows[1, 1] = 3.01
+    with pytest.raises(TallyRefused, match=r"moves an item of 'item' by 3.01, above the bound"):
+        expected.check(Tally({"item": rows}, 2, {}))
+
+
 def test_the_bound_allows_for_rounding_and_nothing_more() -> None:
     one = replace(EXPECTED, shapes={"w": ((1,), F32)})
     one.check(Tally({"w": np.array([2.0001], np.float32)}, 1, {}))

@@ -203,9 +203,7 @@ def test_a_seeded_run_that_died_repeats_the_release_and_ends_with_the_same_bytes
 ) -> None:
     experiment = private({"calibrate": False, "epsilon": 1000.0, **changes})
     document, folder, _ = died_after_paying(experiment, tmp_path / "died")
-    whole, untouched = simulate(
-        experiment, runs=tmp_path / "whole", registry=tmp_path / "whole" / "r", dataset=DATASET
-    )
+    whole, untouched = simulate(experiment, runs=tmp_path / "whole", registry=tmp_path / "whole" / "r", dataset=DATASET)
     assert (folder / LEDGER).read_bytes() == (untouched / LEDGER).read_bytes()
     assert [r["digest"] for r in document["releases"]] == [r["digest"] for r in whole["releases"]]
     assert without_clock(document) == without_clock(whole)

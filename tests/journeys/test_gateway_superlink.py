@@ -1,0 +1,193 @@
+"""Twenty devices as processes, their gateway, a SuperNode and a SuperLink with TLS: what `fedrec simulate` computes.
+
+By the commands of docs/gateway.md: once with sums that the gateway adds up, once with masked ones, that it cannot read.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedrec.client.sdk import Device, Limits
+from fedrec.errors import FedrecError
+from fedrec.params import norm
+from fedrec.protocol.secure import MaskReply
+from fedrec.random import Key
+from fedrec.server.deployment import DeploymentFolder
+from fedrec.server.registry import Registry
+from tests.fleet import free_port, processes, short_folder, until_seen
+from tests.journeys.test_deployment import Started, audit, until
+from tests.support import fedrec, to_toml
+
+pytestmark = pytest.mark.slow
+
+N, N_ITEMS = 20, 25
+SETTINGS: dict[str, Any] = {
+    "seed": 4,
+    "split": {"kind": "leave_one_out"},
+    "model": {"kind": "transformer", "dim": 8, "blocks": 1, "heads": 2, "length": 8, "dropout": 0.0,
+              "softmax": {"kind": "full"}},
+    "training": {
+        "cohort": {"kind": "poisson", "expected": float(N)},
+        "local": {"steps": 1, "learning_rate": 0.5, "clip_norm": 0.5},
+        "base": {"rounds": 1},
+        "timeout_seconds": 120.0,
+    },
+    "evaluation": {"ks": [10], "replicates": 10, "local_only": {"people": 0}},
+}  # fmt: skip
+MASKED: dict[str, Any] = {
+    "mode": "distributed", "epsilon": 1e6, "delta": 1e-3, "noise": "seed", "calibrate": False, "metrics": "private",
+    "count": 0.01, "fit": 0.01, "metrics_noise": 0.01, "population": N, "secure_sum": {"minimum": N // 2},
+}  # fmt: skip
+OPEN = Limits(cohort_minimum=N // 2, epsilon=None)
+STRICT = Limits(cohort_minimum=N // 2, epsilon=1e6, delta=0.1, masked=True, simulation=True)
+
+
+def run(root: Path, *words: object) -> str:
+    """Run a command that must succeed, and return what it prints."""
+    done = fedrec(*words, root=root)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def people_in(root: Path) -> list[tuple[str, list[str]]]:
+    """Write and import the histories of twenty people; return each in the order in which the import numbers them."""
+    rows = []
+    for n in range(N):
+        items = Key.from_seed(n).child("history").numpy().permutation(N_ITEMS)[: 6 + n % 4]
+        rows += [(f"p{n:02d}", f"i{item}", 1_600_000_000 + 100 * n + place) for place, item in enumerate(items)]
+    with (root / "rows.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("user", "item", "time"), *rows])
+    run(root, "data", "import", "rows.csv", "--user", "user", "--item", "item", "--time", "time", "--out", "data",
+        "--name", "twenty")  # fmt: skip
+    return [(name, [item for user, item, _ in rows if user == name]) for name in sorted({user for user, _, _ in rows})]
+
+
+def devices_of(root: Path, gateway: Path, limits: Limits) -> list[Path]:
+    """Add a device for each person at the gateway, and give it that person's history."""
+    folders = []
+    for name, items in people_in(root):
+        run(root, "gateway", "add-device", gateway, name)
+        run(root, "device", "enrol", f"devices/{name}", f"{name}.json")
+        folders.append(root / "devices" / name)
+        with Device(folders[-1], limits=limits) as one:
+            for place, item in enumerate(items):
+                one.record(item, time=1_600_000_000 + place)
+    return folders
+
+
+class Spy(threading.Thread):
+    """Whoever sits at the gateway: keeps every upload that ever lies in its spool."""
+
+    def __init__(self, spool: Path) -> None:
+        super().__init__(daemon=True)
+        self.spool, self.seen, self.over = spool, dict[str, bytes](), threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.02):
+            for path in self.spool.glob("*.part"):
+                try:
+                    data = path.read_bytes()
+                except OSError:
+                    continue
+                if len(data) > len(self.seen.get(path.name, b"")):
+                    self.seen[path.name] = data
+
+    def masked_vectors(self) -> list[Any]:
+        found = []
+        for data in self.seen.values():
+            try:
+                found.append(MaskReply.from_bytes(data).total)
+            except FedrecError:
+                continue
+        return found
+
+
+@contextmanager
+def deployed(root: Path, limits: Limits, privacy: dict[str, Any] | None) -> Iterator[tuple[DeploymentFolder, Any]]:
+    """Run a whole life of the experiment through a gateway; yields the deployment, the devices and the spy."""
+    document = {"name": "twenty", **SETTINGS, "data": {"source": str(root / "data")}}
+    (root / "twenty.toml").write_text(to_toml(document if privacy is None else document | {"privacy": privacy}))
+    with short_folder() as gateway:
+        key, port = run(root, "releases", "key", "signing.key").strip(), free_port()
+        shutil.rmtree(gateway)
+        run(root, "gateway", "init", gateway, "--trust", key, "--port", port, "--release", root / "release.fedrec")
+        folders = devices_of(root, gateway, limits)
+        run(root, "releases", "sign", "--first", "--catalog", "data", "--key", "signing.key", "--out", "release.fedrec")
+        run(root, "server", "init", "dep", "--experiment", "twenty.toml", "--catalog", "data", "--nodes", 0,
+            "--port", free_port(), "--metrics-port", 0, "--signing-key", "signing.key")  # fmt: skip
+        run(root, "server", "add-node", "dep", "gateway")
+        place = DeploymentFolder(root / "dep")
+        started, people, spy = [], [], Spy(gateway / "spool")
+        try:
+            started.append(Started(root, "gateway", "gateway", "run", gateway))
+            until(lambda: "listening" in started[0].said(), 60, started[0].said())
+            people = processes(folders, 900.0)
+            until_seen(gateway, N, 200)
+            spy.start()
+            started.append(Started(root, "server", "server", "run", "dep"))
+            started.append(Started(root, "node", "node", "dep/nodes/gateway", "--gateway", gateway))
+            until(lambda: bool({"finished", "failed"} & {r["kind"] for r in audit(place)}), 600, started[1].said())
+            status = json.loads(run(root, "gateway", "status", gateway, "--json"))
+        finally:
+            spy.over.set()
+            for one in people:
+                one.terminate()
+            said = [one.communicate()[0] for one in people]
+            for process in reversed(started):
+                process.end()
+        assert audit(place)[-1]["kind"] == "server stopped", (audit(place), started[1].said(), said[0])
+        yield place, (folders, status, spy)
+
+
+def test_unmasked_the_release_is_that_of_a_simulation(tmp_path: Path) -> None:
+    with deployed(tmp_path, OPEN, None) as (place, (folders, status, _)):
+        simulated(tmp_path, place, 1e-4)
+        assert {(line["verb"], line["answered"]) for line in status["rounds"]} == {("run", N)}
+        for folder in folders:
+            with Device(folder) as one:
+                what = {line["what"] for line in one.sent()}
+                assert what == {"check-in", "count", "fit", "evaluate"}
+                assert one.refused() == []
+
+
+def test_masked_the_release_is_that_of_a_simulation_and_the_gateway_sees_no_contribution(tmp_path: Path) -> None:
+    with deployed(tmp_path, STRICT, MASKED) as (place, (folders, status, spy)):
+        simulated(tmp_path, place, 2e-2)
+        assert {line["verb"] for line in status["rounds"]} == {"advertise", "share", "mask", "unmask"}
+        assert {line["answered"] for line in status["rounds"]} == {N}
+        for folder in folders:
+            with Device(folder) as one:
+                told = [line for line in one.sent() if line.get("verb") in ("run", "mask")]
+                assert {line["what"] for line in told} == {"count", "fit", "evaluate"}
+                assert all(line["masked"] for line in told)
+                assert one.refused() == []
+                assert one.privacy_spent().epsilon is not None
+        vectors = [vector for vector in spy.masked_vectors() if len(vector) >= N_ITEMS]
+        assert len(vectors) >= 2 * N
+        for vector in vectors:  # uniform over the ring, whatever was contributed
+            share = vector.astype(np.float64) / 2.0 ** (8 * vector.itemsize)
+            assert abs(share.mean() - 0.5) < 6 * np.sqrt(1 / 12 / len(share))
+            assert abs(share.var() - 1 / 12) < 6 * np.sqrt(1 / 180 / len(share))
+
+
+def simulated(root: Path, place: DeploymentFolder, tolerance: float) -> None:
+    """Hold the release of the deployment to that of a simulation of the same experiment."""
+    run(root, "simulate", "twenty.toml", "--out", "here", "--registry", "here-registry")
+    here, there = Registry(root / "here-registry").load(1), place.registry.load(1)
+    assert here.params.keys() == there.params.keys()
+    assert norm(here.params) > 0.1
+    for name, value in here.params.items():
+        np.testing.assert_allclose(there.params[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+    [ours] = [one["all"]["metrics"]["ndcg@10"]["value"] for one in [there.manifest.metrics["release"]]]
+    [theirs] = [one["all"]["metrics"]["ndcg@10"]["value"] for one in [here.manifest.metrics["release"]]]
+    assert ours == pytest.approx(theirs, abs=max(0.02, tolerance))
