@@ -261,7 +261,8 @@ def node(
 ) -> None:
     """Host the people of a local data set, of device stores or of a gateway as a node, until told to end."""
     _need("torch", "flwr")
-    from fedrec.client.node import SETTINGS, NodeSettings, read_toml, run_node
+    from fedrec.client.node import SETTINGS, NodeSettings, node_toml, run_node
+    from fedrec.settings import parsed
 
     path = folder / SETTINGS
     said = {"data": data, "stores": store, "catalog": catalog, "gateway": gateway}
@@ -275,8 +276,8 @@ def node(
 
         places = {"data", "stores", "gateway"}
         gone = places - set(changes) if places & set(changes) else set()
-        kept = {k: v for k, v in read_toml(path).items() if k not in gone}
-        NodeSettings.parse(kept | changes, str(path))
+        kept = {k: v for k, v in node_toml(path).items() if k not in gone}
+        parsed(NodeSettings, kept | changes, str(path))
         path.write_text(toml(kept | changes) + "\n", encoding="utf-8")
     run_node(folder, lambda line: print(line, flush=True))
 

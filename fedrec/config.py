@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.data.features import FeatureSettings
 from fedrec.data.slices import LastWindow, TimeWindow
@@ -31,6 +30,7 @@ from fedrec.models.transfer import DistilConfig, DriftConfig, RehearsalConfig, S
 from fedrec.privacy.settings import NoPrivacy, Privacy
 from fedrec.protocol.codec import Codec, Float, Plain
 from fedrec.protocol.task import CooccurrenceSettings, CooccurrenceTask, LocalTraining
+from fedrec.settings import parsed, read_toml
 
 
 class _Settings(BaseModel):
@@ -263,15 +263,7 @@ class Experiment(_Settings):
         Raises:
             ConfigError: there is no such file, it is not TOML, or it says something impossible.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text file"
-            raise ConfigError(f"Cannot read the experiment '{path}': {reason}.") from error
-        try:
-            return cls.parse(tomllib.loads(text), str(path))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"'{path}' is not valid TOML: {error}.") from error
+        return cls.parse(read_toml(path), str(path))
 
     @classmethod
     def find(cls, name: str) -> Experiment:
@@ -299,54 +291,10 @@ class Experiment(_Settings):
         Raises:
             ConfigError: with the first problem, in one sentence.
         """
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            raise ConfigError(explain(error, where)) from error
+        return parsed(cls, document, where)
 
 
 def simulations_folder() -> Path:
     """Return the folder of the experiments that come with fedrec, installed or in a checkout."""
     installed = Path(__file__).parent / "simulations"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "simulations"
-
-
-def explain(error: ValidationError, where: str, settings: type[BaseModel] = Experiment) -> str:
-    """Return the first problem of a document in one sentence; `where` names the document, `settings` its model."""
-    problems = error.errors()
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    fields, path = _fields_at(problem["loc"], settings)
-    dotted = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        key = str(problem["loc"][-1])
-        return f"Unknown key '{dotted}' in {where}{nearest(key, fields)}. Known here: {', '.join(fields)}."
-    if problem["type"] == "missing":
-        return f"'{dotted}' is missing in {where}."
-    if not dotted:
-        return f"{where}: {problem['msg'].removeprefix('Value error, ')}."
-    return f"'{dotted}' in {where}: {problem['msg']} (got {str(problem['input'])[:80]!r})."
-
-
-def _fields_at(location: tuple[int | str, ...], settings: type[BaseModel]) -> tuple[list[str], list[str]]:
-    """Return the keys known where the error lies, and its path as the user wrote it (without union tags)."""
-    path: list[str] = []
-    members: tuple[Any, ...] = ()
-    for part in location:
-        tagged = [m for m in members if (m.model_fields.get("kind") or m.model_fields["mode"]).default == part]
-        members = ()
-        if tagged:
-            settings = tagged[0]
-            continue
-        path.append(str(part))
-        field = settings.model_fields.get(str(part))
-        if field is None:
-            continue
-        options = [m for m in get_args(field.annotation) or (field.annotation,) if _is_settings(m)]
-        if len(options) == 1:
-            settings = options[0]
-        members = tuple(options) if len(options) > 1 else ()
-    return list(settings.model_fields), path
-
-
-def _is_settings(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -5,12 +5,14 @@ FedrecError
   DataError        interactions or a catalogue cannot be read or make no sense
     UnknownItem    an item id that the catalogue does not hold
   ProtocolError    a message between server and node is malformed
+    WireVersion    it is of another version of fedrec
     TallyRefused   a node's reply failed validation before it was folded
     PlanRefused    a device will not do what a plan asks
   GatewayError     a gateway cannot be reached, or will not have a device
   StoreError       a device's store cannot be opened, read or written
   RegistryError    a release or a checkpoint cannot be written, found or trusted
     CorruptRelease its bytes do not match its digest
+    OtherVersion   a checkpoint is of another version of fedrec
   PrivacyError     a privacy setting, a charge or a ledger makes no sense
     BudgetExhausted  the next release would spend more than the budget
     MaskingError   a masked sum is refused: too few clients, a replay, a forged or missing share
@@ -45,6 +47,10 @@ class ProtocolError(FedrecError):
     """A message between server and node is malformed or of another version."""
 
 
+class WireVersion(ProtocolError):
+    """A document is whole, but of another version of the wire format."""
+
+
 class TallyRefused(ProtocolError):
     """A node's reply failed validation and was not folded."""
 
@@ -67,6 +73,10 @@ class RegistryError(FedrecError):
 
 class CorruptRelease(RegistryError):
     """The bytes of a release do not match the digest in its manifest."""
+
+
+class OtherVersion(RegistryError):
+    """A checkpoint is whole, but of another version of fedrec."""
 
 
 class PrivacyError(FedrecError):

@@ -81,7 +81,7 @@ def add_device(
 def enrol(folder: Path, settings: Any, devices: Any, name: str) -> str:
     """Add a device and return its enrolment as JSON."""
     from fedrec.client.sdk import Enrolment
-    from fedrec.client.store import system_clock
+    from fedrec.clock import system_clock
 
     if not settings.trusted:
         raise ConfigError("gateway.toml names nobody in 'trusted', so devices would act on no plan; add a public key.")
@@ -100,7 +100,7 @@ def revoke_device(folder: GatewayFolder, name: Annotated[str, typer.Argument(hel
     """Let a device in no more; a running gateway knows at once."""
     from fedrec.client.gateway.devices import Devices
     from fedrec.client.gateway.settings import GatewaySettings
-    from fedrec.client.store import system_clock
+    from fedrec.clock import system_clock
 
     GatewaySettings.load(folder)
     devices = Devices(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.signing import verify
 from fedrec.protocol.tally import Tally
+
+if TYPE_CHECKING:
+    from fedrec.protocol.identities import SecurePolicy
 
 _NEEDS_TORCH: tuple[Kind, ...] = ("fit", "evaluate")
 _SAID = {"advertise": "keys for a masked sum", "share": "sealed shares of keys", "unmask": "shares that open a sum"}
@@ -65,70 +68,80 @@ class Answer:
         return unsent
 
 
-def answer(
-    store: Store,
-    pool: DevicePool,
-    trusted: Collection[bytes],
-    limits: Limits,
-    verb: Verb,
-    document: bytes,
-    envelope: bytes,
-    now: int,
-) -> Answer:
-    """Do what is asked.
+@dataclass(frozen=True)
+class Answerer:
+    """Whoever answers for a device: what it has, whom it trusts and what it insists on.
 
-    Args:
+    Attributes:
         store: the device's.
         pool: the device as a pool of one.
         trusted: public keys of those whose plans count.
         limits: what the device insists on.
-        verb: "run", or a phase of a masked sum.
-        document: what is asked in a phase of a masked sum, for this device alone.
-        envelope: the signed plan, in "run" and "mask".
-        now: seconds since 1970 UTC.
-
-    Raises:
-        PlanRefused: the plan is not signed, was changed, or asks for more than the device gives.
-        FedrecError: something is wrong with what was asked.
     """
-    if verb == "run":
-        plan, sent, part = _agreed(store, pool, trusted, limits, envelope, None, now)
-        tally = pool.run(plan) if _eligible(pool, plan) else Tally({}, 0, {})
+
+    store: Store
+    pool: DevicePool
+    trusted: Collection[bytes]
+    limits: Limits
+
+    def answer(self, verb: Verb, document: bytes, envelope: bytes, now: int) -> Answer:
+        """Do what is asked.
+
+        Args:
+            verb: "run", or a phase of a masked sum.
+            document: what is asked in a phase of a masked sum, for this device alone.
+            envelope: the signed plan, in "run" and "mask".
+            now: seconds since 1970 UTC.
+
+        Raises:
+            PlanRefused: the plan is not signed, was changed, or asks for more than the device gives.
+            FedrecError: something is wrong with what was asked.
+        """
+        if verb != "run":
+            return self._masked(verb, document, envelope, now)
+        plan, sent, part = self._agreed(envelope, None, now)
+        tally = self.pool.run(plan) if _eligible(self.pool, plan) else Tally({}, 0, {})
         tally = replace(tally, ticket=plan.ticket)
-        return Answer(tally.to_bytes(plan.coding, pool.name), {**sent, "masked": False}, part)
-    return _masked(store, pool, trusted, limits, verb, document, envelope, now)
+        return Answer(tally.to_bytes(plan.coding, self.pool.name), {**sent, "masked": False}, part)
 
+    def _masked(self, verb: Verb, document: bytes, envelope: bytes, now: int) -> Answer:
+        from fedrec.client.secure import SecureNode  # cryptography's half of the work: only who takes part loads it
+        from fedrec.protocol.secure import AdvertiseRequest, MaskRequest
 
-def _masked(
-    store: Store,
-    pool: DevicePool,
-    trusted: Collection[bytes],
-    limits: Limits,
-    verb: Verb,
-    document: bytes,
-    envelope: bytes,
-    now: int,
-) -> Answer:
-    from fedrec.client.secure import SecureNode  # cryptography's half of the work: only who takes part in it loads it
-    from fedrec.protocol.identities import SecurePolicy
-    from fedrec.protocol.secure import AdvertiseRequest, MaskRequest
+        if verb == "advertise":
+            _check_terms(AdvertiseRequest.from_bytes(document).terms, self.limits)
+        node = SecureNode(_Alone(self.pool), kept_secrets(self.store), self._policy)
+        if verb != "mask":
+            reply = node.answer(verb, document)
+            return Answer(reply, {"what": _SAID.get(verb, verb)}, None, node.memory)
+        if node.terms is None:
+            raise PlanRefused("The plan belongs to a masked sum that this device did not begin.")
+        plan, sent, part = self._agreed(envelope, node.terms, now)
+        request = MaskRequest.from_bytes(document)
+        reply = node.answer(verb, replace(request, plan=np.frombuffer(plan.to_bytes(), np.uint8)).to_bytes())
+        return Answer(reply, {**sent, "masked": True}, part, node.memory)
 
-    policy = SecurePolicy(seeded_noise=limits.simulation)
+    @property
+    def _policy(self) -> SecurePolicy:
+        from fedrec.protocol.identities import SecurePolicy
 
-    if verb == "advertise":
-        _check_terms(AdvertiseRequest.from_bytes(document).terms, limits)
-    if verb != "mask":
-        node = SecureNode(_Alone(pool), kept_secrets(store), policy)
-        reply = node.answer(verb, document)
-        return Answer(reply, {"what": _SAID.get(verb, verb)}, None, node.memory)
-    agreed_on = SecureNode(_Alone(pool), kept_secrets(store), policy).terms
-    if agreed_on is None:
-        raise PlanRefused("The plan belongs to a masked sum that this device did not begin.")
-    plan, sent, part = _agreed(store, pool, trusted, limits, envelope, agreed_on, now)
-    node = SecureNode(_Alone(pool), kept_secrets(store), policy)
-    request = MaskRequest.from_bytes(document)
-    reply = node.answer(verb, replace(request, plan=np.frombuffer(plan.to_bytes(), np.uint8)).to_bytes())
-    return Answer(reply, {**sent, "masked": True}, part, node.memory)
+        return SecurePolicy(seeded_noise=self.limits.simulation)
+
+    def _agreed(
+        self, envelope: bytes, secure: SecureTerms | None, now: int
+    ) -> tuple[RoundPlan, dict[str, Any], dict[str, Any]]:
+        """Return the plan, for the device's one person, and what to write into the log and into the device's ledger."""
+        document, terms = verify("plan", envelope, self.trusted)
+        if terms is None:
+            raise PlanRefused("The plan comes without terms, so nothing is promised about it.")
+        plan = RoundPlan.from_bytes(document)
+        part = check(plan, terms, secure, self.limits, self.store.parts(), self.pool.catalog.digest(), now)
+        if plan.task.kind not in able(self.limits):
+            raise PlanRefused(f"The plan asks for a {plan.task.kind}, which needs torch, and this device has none.")
+        sent = {"what": plan.task.kind, "slice": plan.slice, "round": plan.round, "ledger": terms.ledger,
+                "epsilon": terms.epsilon, "cohort_minimum": terms.cohort_minimum,
+                "tensors": {name: list(shape) for name, (shape, _) in shapes_of(plan).items()}}  # fmt: skip
+        return replace(plan, slots=np.zeros(1, np.int64)), sent, part
 
 
 def _check_terms(terms: SecureTerms, limits: Limits) -> None:
@@ -140,29 +153,6 @@ def _check_terms(terms: SecureTerms, limits: Limits) -> None:
             f"The masked sum may be opened for {terms.settings.minimum} people, this device hides among at least "
             f"{limits.cohort_minimum}."
         )
-
-
-def _agreed(
-    store: Store,
-    pool: DevicePool,
-    trusted: Collection[bytes],
-    limits: Limits,
-    envelope: bytes,
-    secure: SecureTerms | None,
-    now: int,
-) -> tuple[RoundPlan, dict[str, Any], dict[str, Any]]:
-    """Return the plan, for the device's one person, and what to write into the log and into the device's ledger."""
-    document, terms = verify("plan", envelope, trusted)
-    if terms is None:
-        raise PlanRefused("The plan comes without terms, so nothing is promised about it.")
-    plan = RoundPlan.from_bytes(document)
-    part = check(plan, terms, secure, limits, store.parts(), pool.catalog.digest(), now)
-    if plan.task.kind not in able(limits):
-        raise PlanRefused(f"The plan asks for a {plan.task.kind}, which needs torch, and this device has none.")
-    sent = {"what": plan.task.kind, "slice": plan.slice, "round": plan.round, "ledger": terms.ledger,
-            "epsilon": terms.epsilon, "cohort_minimum": terms.cohort_minimum,
-            "tensors": {name: list(shape) for name, (shape, _) in shapes_of(plan).items()}}  # fmt: skip
-    return replace(plan, slots=np.zeros(1, np.int64)), sent, part
 
 
 def _eligible(pool: DevicePool, plan: RoundPlan) -> bool:

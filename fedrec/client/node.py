@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -24,19 +23,20 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.checkup import Finding, disk, is_private, look, port_answers
 from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import ClientPool, Engine, LogPool
-from fedrec.config import explain
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
 from fedrec.data.log import InteractionLog
 from fedrec.data.sources import load_dataset
 from fedrec.errors import ConfigError, RunError
 from fedrec.privacy.settings import NoPrivacy, Privacy
-from fedrec.protocol.identities import Identities, SecurePolicy, read_identity
+from fedrec.protocol.identities import Identities, SecurePolicy
+from fedrec.protocol.signing import read_key
+from fedrec.settings import parsed, read_toml
 
 if TYPE_CHECKING:
     from fedrec.client.gateway.control import GatewayPool
@@ -111,41 +111,22 @@ class NodeSettings(BaseModel):
         return self
 
     @classmethod
-    def parse(cls, document: dict[str, Any], where: str) -> NodeSettings:
-        """Check a document that came from TOML.
-
-        Raises:
-            ConfigError: with the first problem, in one sentence.
-        """
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            raise ConfigError(explain(error, where, cls)) from error
-
-    @classmethod
     def load(cls, path: Path) -> NodeSettings:
         """Read a ``node.toml``.
 
         Raises:
             ConfigError: there is none, or it makes no sense.
         """
-        return cls.parse(read_toml(path), str(path))
+        return parsed(cls, node_toml(path), str(path))
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return a TOML document.
+def node_toml(path: Path) -> dict[str, Any]:
+    """Return the document of a ``node.toml``.
 
     Raises:
-        ConfigError: there is none, or it is none.
+        ConfigError: there is none, or it is no TOML.
     """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"'{path}' is missing; `fedrec server init` and `add-node` write one for each node."
-        ) from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"Cannot read '{path}': {error}.") from error
+    return read_toml(path, f"'{path}' is missing; `fedrec server init` and `add-node` write one for each node.")
 
 
 def hosted_policy(path: Path) -> SecurePolicy:
@@ -156,7 +137,7 @@ def hosted_policy(path: Path) -> SecurePolicy:
     """
     settings, folder = NodeSettings.load(path), path.parent
     return SecurePolicy(
-        None if settings.identity is None else read_identity(folder / settings.identity),
+        None if settings.identity is None else read_key(folder / settings.identity),
         None if settings.identities is None else Identities.load(folder / settings.identities),
         settings.seeded_noise,
     )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
-from fedrec.client.answering import able, answer
+from fedrec.client.answering import Answerer, able
 from fedrec.client.conditions import Conditions
 from fedrec.client.gateway_client import Assignment, GatewayClient, GatewayUnavailable, Given
 from fedrec.client.keeping import LOCK, drop_unsent, kept_unsent
@@ -127,16 +127,9 @@ class _Conversation:
                 b"" if given is None else client.download(given, limits.most_bytes)
                 for given in (asked.document, asked.plan)
             )
-            found = answer(
-                store,
-                self._device.pool,
-                self._device.trusted,
-                limits,
-                cast(Verb, asked.verb),
-                document,
-                plan,
-                self._now(),
-            )
+            device = self._device
+            answerer = Answerer(store, device.pool, device.trusted, limits)
+            found = answerer.answer(cast(Verb, asked.verb), document, plan, self._now())
             if len(found.document) > asked.upload_limit:
                 raise GatewayError(f"The answer has {len(found.document):,} bytes, the gateway takes no more than "
                                    f"{asked.upload_limit:,}.")  # fmt: skip

@@ -19,7 +19,8 @@ from fedrec.client.conditions import Conditions, system_conditions
 from fedrec.client.device_pool import DevicePool
 from fedrec.client.keys import KeyPlace
 from fedrec.client.limits import Limits, PrivacySpent, spent
-from fedrec.client.store import Retention, Store, system_clock
+from fedrec.client.store import Retention, Store
+from fedrec.clock import system_clock
 from fedrec.errors import ConfigError, PlanRefused, ProtocolError, StoreError
 from fedrec.models import portable
 from fedrec.protocol.signing import DeviceRelease, verify
@@ -78,7 +79,7 @@ class Reason:
     Attributes:
         item: id.
         title: of the item.
-        contribution: the model's score of the explained item less its score without this part of the history.
+        contribution: what this part of the history adds to the explained item's score.
     """
 
     item: str
@@ -184,8 +185,6 @@ class Device:
     def explain(self, item: str, k: int = 5) -> list[Reason]:
         """Return which items of the history raise an item's score most, by the released model's own scores.
 
-        An item's contribution is the score less the score with that item taken out of the history.
-
         Args:
             item: id of the item to explain.
             k: how many reasons.
@@ -193,17 +192,20 @@ class Device:
         Raises:
             ConfigError: the device has no release yet, or its model does not know the item.
             UnknownItem: the item is not in the catalogue.
+
+        Source: `fedrec.models.explain.contributions`.
         """
+        from fedrec.models.explain import contributions
+
         release = self.release
         number = release.catalog.numbers([item])[0]
         if number >= release.n_known:
             raise ConfigError(f"Item '{item}' joined after release {release.version}, whose model does not score it.")
         history = [one for one in self._numbers(release) if one < release.n_known]
-        whole = float(self._scores(release, history)[number])
-        found = {
-            one: whole - float(self._scores(release, [other for other in history if other != one])[number])
-            for one in dict.fromkeys(history)
-        }
+        parts = contributions(release.model, release.params, history, [number]).history[0]
+        found: dict[int, float] = {}
+        for one, part in zip(history, parts.tolist(), strict=True):  # an item may be there more than once
+            found[one] = found.get(one, 0.0) + part
         best = sorted(found, key=lambda one: (-found[one], one))[:k]
         return [Reason(release.catalog.ids[one], release.catalog.titles[one], found[one]) for one in best]
 

@@ -12,22 +12,19 @@ from __future__ import annotations
 import json
 import secrets
 import sqlite3
-import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedrec.client.keys import KeyPlace, key_place
+from fedrec.client.sealing import Seal
+from fedrec.clock import system_clock
 from fedrec.errors import StoreError
 
 SCHEMA = 2
-SEAL = 1
-NONCE_BYTES = 12
 DATABASE = "store.sqlite"
 _ROWS = ("about", "interaction", "sent", "refused", "part")
 _KEPT = "kept"
@@ -53,11 +50,6 @@ class Retention(BaseModel):
     """Interactions that are older go; None: no limit."""
     max_count: int | None = Field(default=10_000, ge=1)
     """Only so many of the newest interactions stay; None: no limit."""
-
-
-def system_clock() -> int:
-    """Return the time now in seconds since 1970 UTC."""
-    return int(time.time())
 
 
 class Store:
@@ -103,7 +95,7 @@ class Store:
                 f"The key of the store in '{folder}' is gone, so nothing in it can be read; restore the key, or call "
                 "`fedrec.client.store.destroy` to begin anew."
             )
-        self._cipher = AESGCM(self._keys.create() if key is None else key)
+        self._seal = Seal(self._path, self._keys.create() if key is None else key)
         self._db = self._connect()
         try:
             self.number = self._prepare()
@@ -212,11 +204,11 @@ class Store:
         with self.together() as db:
             last = db.execute("SELECT row, sealed FROM sent ORDER BY row DESC LIMIT 1").fetchone()
             if last is not None:
-                found = self._opened("sent", last[0], last[1])
+                found = self._seal.content("sent", last[0], last[1])
                 if {key: found.get(key) for key in entry} == entry and "times" in found:
                     found |= {"last": self._now(), "times": found["times"] + 1}
                     db.execute(
-                        "UPDATE sent SET sealed = ? WHERE row = ?", (self._seal("sent", last[0], found), last[0])
+                        "UPDATE sent SET sealed = ? WHERE row = ?", (self._seal.row("sent", last[0], found), last[0])
                     )
                     return
             self.log_sent({**entry, "times": 1, "last": self._now()})
@@ -251,8 +243,7 @@ class Store:
         Raises:
             StoreError: the disk refuses.
         """
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        sealed = nonce + self._cipher.encrypt(nonce, data, _bound(_KEPT, name))
+        sealed = self._seal.sealed(_KEPT, name, data)
         with self.together() as db:
             db.execute("INSERT OR REPLACE INTO kept VALUES (?, ?)", (name, sealed))
 
@@ -264,7 +255,7 @@ class Store:
         """
         with self._said():
             row = self._db.execute("SELECT sealed FROM kept WHERE name = ?", (name,)).fetchone()
-        return None if row is None else self._unsealed(_KEPT, name, row[0])
+        return None if row is None else self._seal.opened(_KEPT, name, row[0])
 
     def drop(self, name: str) -> None:
         """Keep nothing under this name any more."""
@@ -325,36 +316,14 @@ class Store:
     def _insert(self, table: str, content: Any) -> int:
         last = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
         row = (last[0] if last else 0) + 1
-        self._db.execute(f"INSERT INTO {table} VALUES (?, ?)", (row, self._seal(table, row, content)))
+        self._db.execute(f"INSERT INTO {table} VALUES (?, ?)", (row, self._seal.row(table, row, content)))
         return int(row)
-
-    def _seal(self, table: str, row: int, content: Any) -> bytes:
-        try:
-            text = json.dumps(content, allow_nan=False).encode()
-        except ValueError as error:
-            raise StoreError(f"Cannot record {content!r}: its value is not a finite number; give None.") from error
-        nonce = secrets.token_bytes(NONCE_BYTES)
-        return nonce + self._cipher.encrypt(nonce, text, _bound(table, row))
 
     def _read(self, table: str) -> Iterator[tuple[int, Any]]:
         with self._said():
             rows = self._db.execute(f"SELECT row, sealed FROM {table} ORDER BY row").fetchall()
         for row, sealed in rows:
-            yield row, self._opened(table, row, sealed)
-
-    def _opened(self, table: str, row: int, sealed: bytes) -> Any:
-        return json.loads(self._unsealed(table, row, sealed))
-
-    def _unsealed(self, table: str, row: int | str, sealed: bytes) -> bytes:
-        try:
-            return self._cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _bound(table, row))
-        except (InvalidTag, ValueError, TypeError) as error:
-            what = (
-                "the key is not the one that it was written with"
-                if table == "about"
-                else f"row {row} of '{table}' was changed"
-            )
-            raise StoreError(f"Cannot read '{self._path}': {what}; restore the key or a backup.") from error
+            yield row, self._seal.content(table, row, sealed)
 
     def _within(self, rows: list[Interaction]) -> list[Interaction]:
         if self.retention.max_age_seconds is not None:
@@ -411,7 +380,3 @@ def destroy(folder: Path, keys: KeyPlace | None = None) -> None:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"Cannot remove the store in '{folder}': {error.strerror}.") from error
-
-
-def _bound(table: str, row: int | str) -> bytes:
-    return f"fedrec|{SEAL}|{table}|{row}".encode()

@@ -165,7 +165,8 @@ def _within(part: Tensor, bound: float) -> Tensor:
     """Scale rows [c, r, *shape] down to a norm; what is not finite stays so, and is found later."""
     norms = torch.linalg.vector_norm(part.reshape(*part.shape[:2], -1), dim=2)
     factors = bound / norms.clamp_min(bound)
-    return part * factors.view(*factors.shape, *[1] * (part.dim() - 2))
+    shorter: Tensor = part * factors.view(*factors.shape, *[1] * (part.dim() - 2))
+    return shorter
 
 
 def add_columns(table: Tensor, rows: Tensor, weights: Tensor, vectors: Tensor) -> None:

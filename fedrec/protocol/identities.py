@@ -86,24 +86,6 @@ SIMULATION = SecurePolicy(seeded_noise=True)
 """What nodes that are only simulated insist on."""
 
 
-def read_identity(path: Path) -> Ed25519PrivateKey:
-    """Return the Ed25519 key in a PEM file.
-
-    Raises:
-        ConfigError: it cannot be read, or is another key.
-    """
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    try:
-        key = load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"Cannot read an identity from '{path}': {error}.") from error
-    if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigError(f"The key in '{path}' is not an Ed25519 key.")
-    return key
-
-
 def signed(
     key: Ed25519PrivateKey | None, said: Said, session: str, parties: Ints, body: bytes = b""
 ) -> tuple[Bytes, Bytes]:

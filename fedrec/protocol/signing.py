@@ -87,7 +87,7 @@ def write_key(path: Path) -> Ed25519PrivateKey:
 
 
 def read_key(path: Path) -> Ed25519PrivateKey:
-    """Return the signing key in a file.
+    """Return the Ed25519 key in a PEM file.
 
     Raises:
         ConfigError: it cannot be read, or is no Ed25519 key.
@@ -95,7 +95,7 @@ def read_key(path: Path) -> Ed25519PrivateKey:
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"Cannot read a signing key from '{path}'; `fedrec releases key` makes one.") from error
+        raise ConfigError(f"Cannot read a key from '{path}'; `fedrec releases key` makes one.") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"The key in '{path}' is not an Ed25519 key; `fedrec releases key` makes one.")
     return key

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedrec.errors import ProtocolError
+from fedrec.errors import ProtocolError, WireVersion
 from fedrec.params import Array, Params
 
 VERSION = 2
@@ -55,7 +55,8 @@ def unpack(kind: str, document: bytes) -> tuple[dict[str, Any], dict[str, Array]
     """Return ``(header, tensors)`` of a document that `pack` wrote.
 
     Raises:
-        ProtocolError: not such a document, of another version or kind, or changed on its way.
+        WireVersion: it is of another version.
+        ProtocolError: not such a document, of another kind, or changed on its way.
     """
     try:
         length = int.from_bytes(document[:8], "little")
@@ -70,7 +71,7 @@ def unpack(kind: str, document: bytes) -> tuple[dict[str, Any], dict[str, Array]
     except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise ProtocolError(f"Not a fedrec document ({type(error).__name__}); the sender is not fedrec.") from error
     if version != str(VERSION):
-        raise ProtocolError(f"The sender speaks wire version {version}, this fedrec {VERSION}; update the older one.")
+        raise WireVersion(f"The sender speaks wire version {version}, this fedrec {VERSION}; update the older one.")
     if found != kind:
         raise ProtocolError(f"Expected a '{kind}' document, got a '{found}'.")
     if metadata.get("check") != _check(kind, metadata["header"], tensors):

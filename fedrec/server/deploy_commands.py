@@ -49,6 +49,7 @@ def init(
     from fedrec.protocol.signing import read_key
     from fedrec.server.certificates import make_certificates, utc_clock
     from fedrec.server.deployment import CERTIFICATES, SETTINGS, Deployment, DeploymentFolder
+    from fedrec.settings import parsed
 
     place = DeploymentFolder(folder)
     if (place.path / SETTINGS).exists():
@@ -65,7 +66,7 @@ def init(
         "signing": None if signing_key is None else {"key": str(signing_key.absolute())},
     }
     document = {name: value for name, value in document.items() if value is not None}
-    Deployment.parse(document, "the deployment")
+    parsed(Deployment, document, "the deployment")
     if signing_key is not None:
         read_key(signing_key)
     place.write_settings(

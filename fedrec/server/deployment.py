@@ -10,15 +10,14 @@ runs/ registry/          checkpoints, reports and releases
 
 from __future__ import annotations
 
-import tomllib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedrec.checkup import Finding, disk, is_private, look, port_is_free
-from fedrec.config import Experiment, explain
+from fedrec.config import Experiment
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
 from fedrec.data.log import InteractionLog
@@ -27,6 +26,7 @@ from fedrec.errors import ConfigError
 from fedrec.server.files import make_folder, write_atomically
 from fedrec.server.registry import Registry
 from fedrec.server.run import check
+from fedrec.settings import parsed, read_toml
 
 SETTINGS = "server.toml"
 CERTIFICATES, NODES, STATE, LOG, APP, FLOWER = "certificates", "nodes", "state", "log", "app", "flower"
@@ -103,18 +103,6 @@ class Deployment(_Settings):
             )
         return self
 
-    @classmethod
-    def parse(cls, document: dict[str, Any], where: str) -> Deployment:
-        """Check a document that came from TOML.
-
-        Raises:
-            ConfigError: with the first problem, in one sentence.
-        """
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            raise ConfigError(explain(error, where, cls)) from error
-
 
 class DeploymentFolder:
     """The folder of a deployment; everything in it by its name."""
@@ -131,12 +119,8 @@ class DeploymentFolder:
             ConfigError: there are none, or they make no sense.
         """
         path = self.path / SETTINGS
-        try:
-            return Deployment.parse(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
-        except FileNotFoundError as error:
-            raise ConfigError(f"'{self.path}' holds no deployment; make one with `fedrec server init`.") from error
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"Cannot read '{path}': {error}.") from error
+        missing = f"'{self.path}' holds no deployment; make one with `fedrec server init`."
+        return parsed(Deployment, read_toml(path, missing), str(path))
 
     @cached_property
     def experiment(self) -> Experiment:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedrec.errors import ProtocolError, RegistryError
+from fedrec.errors import OtherVersion, ProtocolError, RegistryError, WireVersion
 from fedrec.params import Array, Params, digest
 from fedrec.protocol import wire
 
@@ -228,6 +228,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """Return ``(header, tensors)`` as `save_checkpoint` was given them.
 
     Raises:
+        OtherVersion: it is of another version of fedrec.
         RegistryError: there is no such file, it may not be read, or one of its bytes has changed.
     """
     document = read_file(path)
@@ -238,10 +239,14 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
         if _seal(sealed["header"], tensors) != sealed["digest"]:
             raise ProtocolError("The digest does not match.")
         return json.loads(sealed["header"]), tensors
+    except WireVersion as error:
+        raise OtherVersion(
+            f"The checkpoint '{path}' is of another version of fedrec; go on with the fedrec that began the run, or "
+            "delete it to start the run anew."
+        ) from error
     except (ProtocolError, LookupError, TypeError, AttributeError) as error:
         raise RegistryError(
-            f"The checkpoint '{path}' is damaged or of another version of fedrec; restore it from a backup, or delete "
-            "it to start the run anew."
+            f"The checkpoint '{path}' is damaged; restore it from a backup, or delete it to start the run anew."
         ) from error
 
 

@@ -13,23 +13,31 @@ manifest and the manifest holds the digests of the model and the catalogue, so o
 from __future__ import annotations
 
 import errno
-import hashlib
 import sqlite3
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import ValidationError
 from safetensors import numpy as safetensors
 
+from fedrec.clock import system_clock
 from fedrec.data.catalog import ItemCatalog
-from fedrec.errors import CorruptRelease, DataError, FedrecError, RegistryError
+from fedrec.errors import DataError, FedrecError, RegistryError
 from fedrec.params import Params, digest
-from fedrec.server.files import is_file, make_folder, mend, place_folder, read_file, refusal, sweep
-from fedrec.server.release import Manifest, Release, ReleaseRow, Student
+from fedrec.server.files import is_file, make_folder, mend, place_folder, refusal, sweep
+from fedrec.server.release import (
+    Manifest,
+    Release,
+    ReleaseRow,
+    Student,
+    checked_part,
+    corrupt,
+    read_part,
+    sha256_of,
+    tensor_bytes,
+)
 
 LAYOUT = 1
 BUSY_SECONDS = 60.0
@@ -50,11 +58,6 @@ _ROWS = """SELECT version, run, slice, parent, digest, catalog_digest, experimen
 
 Rows = list[ReleaseRow]  # `list` means the method inside the class
 Problems = list[str]
-
-
-def system_clock() -> int:
-    """Return the time now in seconds since 1970 UTC."""
-    return int(time.time())
 
 
 class Registry:
@@ -129,8 +132,8 @@ class Registry:
             RegistryError: this slice of this run is published with other content, the parent is unknown, or the
                 registry cannot be written.
         """
-        weights = _tensors(params)
-        files = {MODEL: weights} if student is None else {MODEL: weights, STUDENT: _tensors(student.params)}
+        weights = tensor_bytes(params)
+        files = {MODEL: weights} if student is None else {MODEL: weights, STUDENT: tensor_bytes(student.params)}
         self.prepare()
         with self._transaction() as db:
             known = {(row.run, row.slice): row for row in self._rows(db)}
@@ -149,12 +152,12 @@ class Registry:
                 metrics=dict(metrics),
                 privacy=dict(privacy),
                 lesson=None if lesson is None else dict(lesson),
-                student=None if student is None else student.document(_sha256(files[STUDENT])),
-                sha256=_sha256(weights),
+                student=None if student is None else student.document(sha256_of(files[STUDENT])),
+                sha256=sha256_of(weights),
                 params_digest=digest(params),
             )
             document = manifest.to_bytes()
-            if row and row.digest != _sha256(document):
+            if row and row.digest != sha256_of(document):
                 raise RegistryError(
                     f"Slice {slice} of run '{run}' is already published as release {version} with other content; "
                     "give the new run another name."
@@ -167,7 +170,7 @@ class Registry:
             mend(self.root / "catalogs" / f"{manifest.catalog_digest}.json", catalog.to_json().encode())
             place_folder(self._folder(version), files | {MANIFEST: document})
             if row is None:
-                columns = (version, run, slice, parent, _sha256(document), manifest.catalog_digest, experiment_digest)
+                columns = (version, run, slice, parent, sha256_of(document), manifest.catalog_digest, experiment_digest)
                 db.execute("INSERT INTO release VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", (*columns, self._now()))
             if promote and not (row and row.promoted):
                 self._point(db, "promote", version)
@@ -186,10 +189,10 @@ class Registry:
         row = self.row(version)
         manifest = self._manifest(row)
         folder = self._folder(row.version)
-        weights = _checked(row.version, folder / MODEL, manifest.sha256)
+        weights = checked_part(row.version, folder / MODEL, manifest.sha256)
         student = None
         if manifest.student is not None:
-            student = safetensors.load(_checked(row.version, folder / STUDENT, manifest.student["sha256"]))
+            student = safetensors.load(checked_part(row.version, folder / STUDENT, manifest.student["sha256"]))
         return Release(row.version, manifest, safetensors.load(weights), self._catalog(row), student)
 
     def manifest(self, version: int | str = "latest") -> Manifest:
@@ -286,24 +289,24 @@ class Registry:
 
     def _manifest(self, row: ReleaseRow) -> Manifest:
         path = self._folder(row.version) / MANIFEST
-        document = _read(row.version, path)
+        document = read_part(row.version, path)
         try:
             manifest = Manifest.model_validate_json(document)
         except ValidationError as error:
-            raise _corrupt(row.version, path, "is not a manifest that this fedrec can read") from error
-        if _sha256(document) != row.digest:
-            raise _corrupt(row.version, path, "does not match its SHA-256")
+            raise corrupt(row.version, path, "is not a manifest that this fedrec can read") from error
+        if sha256_of(document) != row.digest:
+            raise corrupt(row.version, path, "does not match its SHA-256")
         return manifest
 
     def _catalog(self, row: ReleaseRow) -> ItemCatalog:
         path = self.root / "catalogs" / f"{row.catalog_digest}.json"
-        document = _read(row.version, path)
+        document = read_part(row.version, path)
         try:
             catalog = ItemCatalog.from_json(document.decode(), str(path))
         except (DataError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            raise _corrupt(row.version, path, "is not a catalogue") from error
+            raise corrupt(row.version, path, "is not a catalogue") from error
         if catalog.digest() != row.catalog_digest:
-            raise _corrupt(row.version, path, "does not match its SHA-256")
+            raise corrupt(row.version, path, "does not match its SHA-256")
         return catalog
 
     def _rows(self, db: sqlite3.Connection) -> Rows:
@@ -360,36 +363,6 @@ def _promotions(db: sqlite3.Connection) -> list[int]:
         else:
             promotions.pop()
     return promotions
-
-
-def _read(version: int, path: Path) -> bytes:
-    data = read_file(path)
-    if data is None:
-        raise _corrupt(version, path, "is missing")
-    return data
-
-
-def _checked(version: int, path: Path, sha256: str) -> bytes:
-    data = _read(version, path)
-    if _sha256(data) != sha256:
-        raise _corrupt(version, path, "does not match its SHA-256")
-    return data
-
-
-def _tensors(params: Params) -> bytes:
-    data: bytes = safetensors.save({name: np.asarray(value, order="C") for name, value in params.items()})
-    return data
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _corrupt(version: int, path: Path, what: str) -> CorruptRelease:
-    return CorruptRelease(
-        f"Release {version} is damaged: '{path}' {what}; restore that file from a backup, or serve another release "
-        "with `fedrec releases rollback` or `promote VERSION`."
-    )
 
 
 def _sentence(path: Path, error: sqlite3.DatabaseError) -> RegistryError:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from safetensors import numpy as safetensors
 
 from fedrec.data.catalog import ItemCatalog
-from fedrec.params import Array
+from fedrec.errors import CorruptRelease
+from fedrec.params import Array, Params
+from fedrec.server.files import read_file
 
 
 def plain(value: Any) -> Any:
@@ -129,3 +134,46 @@ class Release:
     params: dict[str, Array]
     catalog: ItemCatalog
     student: dict[str, Array] | None = None
+
+
+def read_part(version: int, path: Path) -> bytes:
+    """Return a file of a release.
+
+    Raises:
+        CorruptRelease: it is missing.
+    """
+    data = read_file(path)
+    if data is None:
+        raise corrupt(version, path, "is missing")
+    return data
+
+
+def checked_part(version: int, path: Path, sha256: str) -> bytes:
+    """Return a file of a release whose digest is known.
+
+    Raises:
+        CorruptRelease: it is missing or was changed.
+    """
+    data = read_part(version, path)
+    if sha256_of(data) != sha256:
+        raise corrupt(version, path, "does not match its SHA-256")
+    return data
+
+
+def tensor_bytes(params: Params) -> bytes:
+    """Return tensors as a release holds them."""
+    data: bytes = safetensors.save({name: np.asarray(value, order="C") for name, value in params.items()})
+    return data
+
+
+def sha256_of(data: bytes) -> str:
+    """Return the digest of a file, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def corrupt(version: int, path: Path, what: str) -> CorruptRelease:
+    """Return the error for a release that cannot be trusted."""
+    return CorruptRelease(
+        f"Release {version} is damaged: '{path}' {what}; restore that file from a backup, or serve another release "
+        "with `fedrec releases rollback` or `promote VERSION`."
+    )

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedrec.config import Experiment
 from fedrec.data.catalog import ItemCatalog
-from fedrec.errors import RunError
+from fedrec.errors import OtherVersion, RunError
 from fedrec.params import Array, Params
 from fedrec.random import Key
 
@@ -102,8 +102,17 @@ class ServerState:
 
     @classmethod
     def from_record(cls, header: dict[str, Any], tensors: Params) -> ServerState:
-        """Return the state that `to_record` wrote."""
+        """Return the state that `to_record` wrote.
+
+        Raises:
+            OtherVersion: another version of fedrec wrote it.
+        """
         parts: dict[str, dict[str, Array]] = {part: {} for part in _TENSORS}
+        if header.keys() | _TENSORS != {f.name for f in fields(cls)}:
+            raise OtherVersion(
+                f"The checkpoint of run '{header.get('run')}' is of another version of fedrec; go on with the fedrec "
+                "that began the run, or delete it to start the run anew."
+            )
         for path, value in tensors.items():
             part, name = path.split(":", 1)
             parts[part][name] = value

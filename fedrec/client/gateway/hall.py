@@ -22,10 +22,9 @@ from fedrec.client.gateway.spool import Spool, Upload
 from fedrec.errors import FedrecError, GatewayError, MaskingError, PlanRefused, ProtocolError
 from fedrec.privacy.terms import Terms as SecureTerms
 from fedrec.protocol import wire
-from fedrec.protocol.identities import read_identity
 from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
-from fedrec.protocol.signing import DeviceRelease, verify
+from fedrec.protocol.signing import DeviceRelease, read_key, verify
 
 SPOOL = "spool"
 SESSION_SECONDS = 600.0
@@ -79,7 +78,7 @@ class Hall:
         self._say, self._clock, self._now = say, clock, now
         self._trusted = [bytes.fromhex(key) for key in settings.trusted]
         named = settings.identity
-        self._identity = None if named is None else read_identity(settings.file(folder, named))
+        self._identity = None if named is None else read_key(settings.file(folder, named))
         self._spool = Spool(folder / SPOOL, settings.bounds.spool_bytes)
         self._random = SystemRandom()
         self._rounds: list[Round] = []
@@ -243,7 +242,7 @@ class Hall:
             "refused": self._counts.refused,
             "spool_bytes": self._spool.used,
             "release": None if self.release is None else self.release[0],
-            "open": [_described(one) for one in self._rounds],
+            "open": [one.described for one in self._rounds],
             "rounds": list(self._counts.rounds),
         }
 
@@ -348,7 +347,7 @@ class Hall:
     def _swept(self, made: Round) -> None:
         """Write down how a round ended, and remove what it left on the disk."""
         made.open = False
-        line = _described(made)
+        line = made.described
         self._counts.rounds.append(line)
         self._say({"event": "round", **line})
         if made in self._rounds:
@@ -390,14 +389,3 @@ class Hall:
         n = len(self.devices.all())
         mean = min(max(n / pace.per_second, pace.least_seconds), pace.most_seconds)
         return mean * self._random.uniform(1 - pace.jitter, 1 + pace.jitter)
-
-
-def _described(one: Round) -> dict[str, Any]:
-    tasks = one.tasks.values()
-    return {
-        "verb": one.verb,
-        "kind": one.kind,
-        "asked": len(one.tasks),
-        "answered": sum(task.upload is not None and task.upload.complete for task in tasks),
-        "declined": sum(task.declined for task in tasks),
-    }

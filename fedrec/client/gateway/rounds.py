@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,6 +105,18 @@ class Round:
         """Set `done` if nobody is waited for."""
         if all(task.closed for task in self.tasks.values()):
             self.done.set()
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """How it stands, as JSON."""
+        tasks = self.tasks.values()
+        return {
+            "verb": self.verb,
+            "kind": self.kind,
+            "asked": len(tasks),
+            "answered": sum(task.upload is not None and task.upload.complete for task in tasks),
+            "declined": sum(task.declined for task in tasks),
+        }
 
     def answers(self) -> dict[int, Path]:
         """Return place -> file of every answer that is there."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedrec.errors import ConfigError, nearest
+from fedrec.settings import parsed, read_toml
 
 SETTINGS, SOCKET = "gateway.toml", "control.sock"
 
@@ -97,17 +96,8 @@ class GatewaySettings(_Settings):
             ConfigError: there is none, or it says something impossible.
         """
         path = folder / SETTINGS
-        try:
-            return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
-            raise ConfigError(f"No gateway at '{folder}'; make one with `fedrec gateway init {folder}`.") from error
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"Cannot read '{path}': {error}.") from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            hint = nearest(key, cls.model_fields) if first["type"] == "extra_forbidden" else ""
-            raise ConfigError(f"'{path}': {key}: {first['msg']}{hint}") from error
+        missing = f"No gateway at '{folder}'; make one with `fedrec gateway init {folder}`."
+        return parsed(cls, read_toml(path, missing), str(path))
 
     def file(self, folder: Path, name: str) -> Path:
         """Return the path of a file that is named in the settings."""

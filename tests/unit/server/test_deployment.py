@@ -27,6 +27,7 @@ from fedrec.server.deployed import run_deployed
 from fedrec.server.deployment import Deployment, DeploymentFolder
 from fedrec.server.journal import OUTCOME, PROCESS, STATUS, Journal, read_document
 from fedrec.server.telemetry import Telemetry
+from fedrec.settings import parsed
 from tests.support import START, dataset_of, small_document, small_rows, to_toml
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -197,7 +198,7 @@ def test_a_node_may_keep_its_own_key(place: DeploymentFolder, tmp_path: Path) ->
 )
 def test_a_mistake_in_the_settings_gives_one_sentence(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        Deployment.parse({"experiment": "quickstart", "catalog": "c"} | changes, "server.toml")
+        parsed(Deployment, {"experiment": "quickstart", "catalog": "c"} | changes, "server.toml")
     assert sentence in str(caught.value)
     assert "\n" not in str(caught.value)
 

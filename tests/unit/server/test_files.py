@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrec.errors import RegistryError
+from fedrec.errors import OtherVersion, RegistryError
 from fedrec.params import digest
 from fedrec.protocol import wire
 from fedrec.server import files
@@ -276,7 +276,9 @@ def test_no_checkpoint(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "state")
 
 
-DAMAGED = r"The checkpoint '.*state' is damaged or of another version of fedrec; restore it from a backup, or delete it"
+DAMAGED = (
+    r"The checkpoint '.*state' is (damaged; restore it from a backup|of another version of fedrec; go on .*), or delete"
+)
 
 
 def test_every_changed_byte_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
@@ -312,6 +314,18 @@ def test_a_document_of_another_kind_is_no_checkpoint(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "state")
 
 
+def test_a_checkpoint_of_another_version_is_told_from_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state"
+    with monkeypatch.context() as older:
+        older.setattr(wire, "VERSION", 1)
+        save_checkpoint(path, HEADER, tensors())
+        save_checkpoint(path, HEADER, tensors())
+    with pytest.raises(OtherVersion, match="is of another version of fedrec; go on with the fedrec that began the run"):
+        load_last_good(path)
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "state"
     for number in range(3):
@@ -325,7 +339,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_says_so(tmp_pat
         assert digest(found) == digest(tensors())
         assert note == f"The checkpoint '{path}' is damaged; the run goes on from the one before it."
     previous(path).write_bytes(b"?")
-    with pytest.raises(RegistryError, match="is damaged or of another version of fedrec; restore it from a backup"):
+    with pytest.raises(RegistryError, match=DAMAGED):
         load_last_good(path)
     path.unlink()
     with pytest.raises(RegistryError, match="No checkpoint at"):  # who deletes it begins anew

@@ -19,7 +19,7 @@ from fedrec.errors import ConfigError, MaskingError
 from fedrec.privacy.settings import SecureSum
 from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import agree_on, degree
-from fedrec.protocol.identities import STRICT, Identities, SecurePolicy, read_identity, signed
+from fedrec.protocol.identities import STRICT, Identities, SecurePolicy, signed
 from fedrec.protocol.link import Verb
 from fedrec.protocol.secure import (
     OF_KEY,
@@ -33,6 +33,7 @@ from fedrec.protocol.secure import (
     UnmaskReply,
     UnmaskRequest,
 )
+from fedrec.protocol.signing import read_key
 from fedrec.random import Key
 from fedrec.server.session import SecureSumServer
 from tests.secure import SecureLink, gathered, plan_for
@@ -418,7 +419,7 @@ def test_identities_are_read_from_files(tmp_path: Path) -> None:
     key = Ed25519PrivateKey.generate()
     pem = tmp_path / "identity.key"
     pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public = read_identity(pem).public_key().public_bytes_raw()
+    public = read_key(pem).public_key().public_bytes_raw()
     assert public == key.public_key().public_bytes_raw()
     roster = tmp_path / "identities.json"
     roster.write_text(json.dumps({public.hex(): 3}))
@@ -427,5 +428,5 @@ def test_identities_are_read_from_files(tmp_path: Path) -> None:
         roster.write_text(text)
         with pytest.raises(ConfigError, match="Cannot read identities"):
             Identities.load(roster)
-    with pytest.raises(ConfigError, match="Cannot read an identity"):
-        read_identity(roster)
+    with pytest.raises(ConfigError, match="Cannot read a key"):
+        read_key(roster)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedrec.data.catalog import ItemCatalog
-from fedrec.errors import RunError
+from fedrec.errors import OtherVersion, RunError
 from fedrec.random import Key
 from fedrec.server.files import load_checkpoint, save_checkpoint
 from fedrec.server.state import ServerState
@@ -70,6 +70,13 @@ def test_a_fresh_state_comes_back_too(tmp_path: Path) -> None:
     state = ServerState("small/001", "e", "c")
     save_checkpoint(tmp_path / "state", *state.to_record())
     assert ServerState.from_record(*load_checkpoint(tmp_path / "state")) == state
+
+
+def test_a_state_of_another_version_is_refused_in_one_sentence() -> None:
+    header, tensors = full_state().to_record()
+    for changed in ({**header, "later": 1}, {name: value for name, value in header.items() if name != "overhead"}):
+        with pytest.raises(OtherVersion, match="is of another version of fedrec; go on with the fedrec that began"):
+            ServerState.from_record(changed, tensors)
 
 
 def test_a_release_holds_the_average_if_there_is_one() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedrec.client.answering import answer
+from fedrec.client.answering import Answerer
 from fedrec.client.gateway.control import GatewayPool
 from fedrec.client.gateway.split import cut
 from fedrec.client.sdk import Device, Enrolment, Limits
@@ -139,7 +139,8 @@ def begun(one: Device, agreed: Terms) -> bytes:
 
 
 def asked_of(one: Device, verb: Verb, document: bytes, plan: bytes) -> bytes:
-    found = answer(one.store, one.pool, one.trusted, one.limits, verb, document, plan, one.store._now())
+    answerer = Answerer(one.store, one.pool, one.trusted, one.limits)
+    found = answerer.answer(verb, document, plan, one.store._now())
     found.keep(one.store, "task", verb)
     return found.document
 
