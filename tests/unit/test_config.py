@@ -158,9 +158,9 @@ def test_a_file_that_is_not_toml_is_refused(tmp_path: Path, content: bytes, told
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Cannot read the experiment '.*none\.toml': No such file or directory\."):
+    with pytest.raises(ConfigError, match=r"Cannot read '.*none\.toml': No such file or directory\."):
         Experiment.load(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match=r"Cannot read the experiment '.*': Is a directory\."):
+    with pytest.raises(ConfigError, match=r"Cannot read '.*': Is a directory\."):
         Experiment.load(tmp_path)
 
 
