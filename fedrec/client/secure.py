@@ -74,7 +74,8 @@ class SecureNode:
         return answers[verb](document)
 
     def _advertise(self, request: AdvertiseRequest) -> AdvertiseReply:
-        if request.session != request.terms.session or request.session in self._sessions:
+        seeded = request.terms.noise == "seed" and self._policy.seeded_noise  # a resumed trial asks the same again
+        if request.session != request.terms.session or (request.session in self._sessions and not seeded):
             raise MaskingError("This session of a secure sum was held before; a new one needs a new name.")
         request.terms.check()
         if request.terms.noise == "seed" and not self._policy.seeded_noise:

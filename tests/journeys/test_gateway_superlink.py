@@ -131,12 +131,12 @@ def deployed(root: Path, limits: Limits, privacy: dict[str, Any] | None) -> Iter
         try:
             started.append(Started(root, "gateway", "gateway", "run", gateway))
             until(lambda: "listening" in started[0].said(), 60, started[0].said())
-            people = processes(folders, 900.0)
+            people = processes(folders, 1500.0)
             until_seen(gateway, N, 200)
             spy.start()
             started.append(Started(root, "server", "server", "run", "dep"))
             started.append(Started(root, "node", "node", "dep/nodes/gateway", "--gateway", gateway))
-            until(lambda: bool({"finished", "failed"} & {r["kind"] for r in audit(place)}), 600, started[1].said())
+            until(lambda: bool({"finished", "failed"} & {r["kind"] for r in audit(place)}), 1200, started[1].said())
             status = json.loads(run(root, "gateway", "status", gateway, "--json"))
         finally:
             spy.over.set()
