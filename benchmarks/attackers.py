@@ -85,6 +85,22 @@ def inner_product(tally: Tally, clip_norm: float, gossip: Gossip) -> Params:
     return within(lie, clip_norm * tally.n_clients)
 
 
+def disguised(tally: Tally, clip_norm: float, gossip: Gossip) -> Params:
+    """Do as `inner_product` does, half hidden in as much noise of one's own, so that liars resemble each other less."""
+    lie = inner_product(tally, clip_norm, gossip)
+    rng = np.random.default_rng(
+        abs(hash((gossip.round, tally.n_clients, float(next(iter(tally.sums.values())).sum()))))
+    )
+    noise = {name: rng.standard_normal(value.shape).astype(np.float32) for name, value in sorted(lie.items())}
+    own = named.scale(noise, named.norm(lie) / named.norm(noise))
+    return within(named.add(lie, own), clip_norm * tally.n_clients)
+
+
+def honestly(tally: Tally, clip_norm: float, gossip: Gossip) -> Params:
+    """Send what was learnt from a poisoned history: the software is honest, what it was told is not."""
+    return tally.sums
+
+
 def louder(tally: Tally, clip_norm: float, gossip: Gossip) -> Params:
     """Send what was learnt from a poisoned history, as long as the bound allows."""
     return named.scale(sign_flip(tally, clip_norm, gossip), -1.0)
@@ -96,7 +112,11 @@ LIES: dict[str, Lie] = {
     "ALIE": alie,
     "IPM": inner_product,
     "item promotion": louder,
+    "IPM in disguise": disguised,
+    "poisoned history": honestly,
 }
+CLAIMED = ("sign-flip", "scaled noise", "ALIE", "IPM", "item promotion")
+PROMOTIONS = ("item promotion", "poisoned history")
 
 
 class Crowd:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.attackers import LIES, Crowd, n_liars
-from benchmarks.harness import Row, claim, progress, run
+from benchmarks.attackers import CLAIMED, LIES, PROMOTIONS, Crowd, n_liars
+from benchmarks.harness import Row, claim, progress, run, unclaimed
 from fedrec.client.pool import LogPool
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
@@ -23,12 +24,17 @@ from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, cut, run_experiment
 
 N_NODES = 100
-FEW, MANY = 0.01, 0.1
-ROBUST = {"kind": "bounded", "norm_factor": 1.0, "item_factor": 1.5}
+SEED = 3
+"""Settings were chosen on seeds 1 and 2."""
+SHARES = (0.01, 0.05, 0.1)
+FEW, MANY = SHARES[0], SHARES[-1]
+ROBUST = {"kind": "bounded", "norm_factor": 1.0, "item_factor": 1.5, "left_out": 0.1}
+ITEM_CLIP = 0.3
+"""What a client may do to one item, where a masked sum leaves the defence to the clients."""
 METRIC = "ndcg@10"
 
 
-def experiment(aggregate: dict[str, Any], rounds: int, seed: int = 1) -> Experiment:
+def experiment(aggregate: dict[str, Any], rounds: int, seed: int = SEED, item_clip: float | None = None) -> Experiment:
     """Return the run that is attacked: leave-one-out, so that everybody is tested."""
     return Experiment.parse(
         {
@@ -44,7 +50,7 @@ def experiment(aggregate: dict[str, Any], rounds: int, seed: int = 1) -> Experim
                 "aggregate": aggregate,
                 "average": 0.9,
                 "cohort": {"kind": "fixed", "size": 400},
-                "local": {"steps": 1, "learning_rate": 1.0, "clip_norm": 10.0},
+                "local": {"steps": 1, "learning_rate": 1.0, "clip_norm": 10.0, "item_clip": item_clip},
                 "server": {"kind": "adam", "learning_rate": 0.01},
                 "base": {"rounds": rounds, "warmup": 3, "final": 0.2},
             },
@@ -74,7 +80,7 @@ def attacked(settings: Experiment, lie: str | None = None, share: float = 0.0, i
     """Run the experiment with some of its nodes lying, and look at what was released."""
     data = dataset()
     places = np.linspace(0, N_NODES - 1, n_liars(share, N_NODES)).astype(int).tolist() if lie else []
-    promoted = item if lie == "item promotion" else None
+    promoted = item if lie in PROMOTIONS else None
     crowd = Crowd(data.log, data.catalog, N_NODES, {place: LIES[lie] for place in places if lie}, promoted)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -110,31 +116,54 @@ def target(clean: Outcome) -> int:
 def measure(quick: bool) -> list[Row]:
     """Measure quality under every attack, and the exposure of a promoted item."""
     rounds = 3 if quick else 40
+    judge = unclaimed if quick else claim
     mean, robust = experiment({"kind": "mean"}, rounds), experiment(ROBUST, rounds)
     plain, clean = attacked(mean), attacked(robust)
     item = target(clean)
     rows = [
         Row("nobody lies: mean", plain.ndcg, METRIC),
-        claim("nobody lies: bounded, as a share of the mean", clean.ndcg / plain.ndcg, "ratio", ">=", 0.95),
-        Row("promoted item: clean exposure", 100 * clean.exposure[item], "% of lists"),
+        judge("nobody lies: bounded, as a share of the mean", clean.ndcg / plain.ndcg, "ratio", ">=", 0.95),
+        Row("promoted item: clean exposure", float(100 * clean.exposure[item]), "% of lists"),
     ]
-    jobs = [("item promotion", FEW), *((lie, MANY) for lie in LIES)] if not quick else [("sign-flip", MANY)]
-    for place in progress(range(len(jobs)), "attacks"):
-        lie, share = jobs[place]
-        found = attacked(robust, lie, share, item)
-        what = f"{lie}, {share:.0%} of nodes, bounded"
-        rows.append(claim(f"{what}: NDCG lost", 100 * (1 - found.ndcg / clean.ndcg), "%", "<=", 5.0))
-        if lie == "item promotion":
-            name, ratio = f"{what}: exposure of the item", found.exposure[item] / clean.exposure[item]
-            rows.append(claim(name, ratio, "x clean", "<=", 2.0) if share == FEW else Row(name, ratio, "x clean"))
-    for lie, share in [("item promotion", FEW), ("scaled noise", MANY)] if not quick else []:
-        worse = attacked(mean, lie, share, item)
-        what = f"{lie}, {share:.0%} of nodes, mean"
-        rows.append(Row(f"{what}: NDCG lost", 100 * (1 - worse.ndcg / plain.ndcg), "%"))
-        if lie == "item promotion":
-            ratio = worse.exposure[item] / max(plain.exposure[item], 1e-9)
-            rows.append(Row(f"{what}: exposure of the item", ratio, "x clean"))
+    jobs = [("sign-flip", MANY)] if quick else [(lie, share) for lie in CLAIMED for share in SHARES]
+    for lie, share in steps([*jobs, *([] if quick else [("IPM in disguise", MANY)])]):
+        found, what = attacked(robust, lie, share, item), f"{lie}, {share:.0%} of nodes, bounded"
+        lost, unit = float(100 * (1 - found.ndcg / clean.ndcg)), "% of NDCG"
+        rows.append(judge(what, lost, unit, "<=", 5.0) if lie in CLAIMED else Row(what, lost, unit))
+        if lie in PROMOTIONS:
+            what, ratio = f"{what}: exposure of the item", times(found, clean, item)
+            rows.append(judge(what, ratio, "x clean", "<=", 2.0) if share == FEW else Row(what, ratio, "x clean"))
+    return rows if quick else rows + undefended(plain, mean, item, rounds)
+
+
+def undefended(plain: Outcome, mean: Experiment, item: int, rounds: int) -> list[Row]:
+    """Measure what lies cost where nobody looks at single updates, as in a masked sum; clients can bound themselves."""
+    rows = []
+    for lie, share in steps(
+        [("item promotion", FEW), ("poisoned history", FEW), ("IPM", MANY), ("scaled noise", MANY)]
+    ):
+        worse, what = attacked(mean, lie, share, item), f"{lie}, {share:.0%} of nodes, mean"
+        rows.append(Row(what, 100 * (1 - worse.ndcg / plain.ndcg), "% of NDCG"))
+        if lie in PROMOTIONS:
+            rows.append(Row(f"{what}: exposure of the item", times(worse, plain, item), "x clean"))
+    clipped = experiment({"kind": "mean"}, rounds, item_clip=ITEM_CLIP)
+    clean, what = attacked(clipped), f"item_clip {ITEM_CLIP:g}"
+    rows.append(Row(f"nobody lies: mean with {what}, as a share of the mean", clean.ndcg / plain.ndcg, "ratio"))
+    for share in (FEW, MANY):
+        found = attacked(clipped, "poisoned history", share, item)
+        name = f"poisoned history, {share:.0%} of nodes, mean with {what}: exposure of the item"
+        rows.append(Row(name, times(found, clean, item), "x clean"))
     return rows
+
+
+def steps(jobs: list[tuple[str, float]]) -> Iterator[tuple[str, float]]:
+    """Go through the attacks behind a progress bar."""
+    return (jobs[place] for place in progress(range(len(jobs)), "attacks"))
+
+
+def times(attacked: Outcome, clean: Outcome, item: int) -> float:
+    """Return how many times as often an item is shown as without an attack."""
+    return float(attacked.exposure[item] / max(clean.exposure[item], 1e-9))
 
 
 if __name__ == "__main__":

@@ -108,13 +108,16 @@ class Krum(_Settings):
 
 
 class Bounded(_Settings):
-    """The mean over clients of updates that are shortened to what is usual, as a whole and for each item."""
+    """The mean over clients of updates that are shortened to what is usual, without the nodes that push together."""
 
     kind: Literal["bounded"] = "bounded"
     norm_factor: float = Field(default=1.5, gt=0)
     """Longest update, in medians of the nodes' norms."""
     item_factor: float = Field(default=2.0, gt=0)
     """Longest row of an item, in medians over the nodes that moved the item."""
+    left_out: float = Field(default=0.1, ge=0, lt=0.5)
+    """Share of the nodes that is left out in each round: those that lie furthest along the line in which the shortened
+    updates differ most, which is where nodes lie that push together."""
 
 
 AnyAggregate = Mean | Median | TrimmedMean | Krum | Bounded

@@ -57,6 +57,8 @@ def robust_mean(
         return {name: _stacked([updates[place] for place in kept], name).mean(0) for name in updates[0]}
     if isinstance(settings, Bounded):
         updates = bounded(updates, settings, rows)
+        kept = in_line(updates, settings.left_out)
+        updates, weights = [updates[place] for place in kept], weights[kept]
     assert isinstance(settings, Mean | Bounded)
     return {name: np.tensordot(weights / weights.sum(), _stacked(updates, name), 1) for name in updates[0]}
 
@@ -68,7 +70,7 @@ def krum(updates: Sequence[Mapping[str, Array]], settings: Krum) -> list[int]:
     Source: Blanchard et al., NeurIPS 2017, sections 4 and 5 (Multi-Krum).
     """
     n = len(updates)
-    flat = np.stack([np.concatenate([update[name].ravel() for name in sorted(update)]) for update in updates])
+    flat = _flat(updates)
     squares = np.einsum("ij,ij->i", flat, flat)
     distances = np.maximum(squares[:, None] + squares[None, :] - 2.0 * flat @ flat.T, 0.0)
     np.fill_diagonal(distances, np.inf)
@@ -104,6 +106,21 @@ def bounded(updates: Sequence[Mapping[str, Array]], settings: Bounded, rows: Col
     return shortened
 
 
+def in_line(updates: Sequence[Params], share: float) -> list[int]:
+    """Return the places of the updates without those that lie furthest along the line in which all differ most.
+
+    Nodes that push one way together make that way the one of greatest variance, however short each of them is; the
+    score of an update is its squared projection on it, the mean taken off.
+    Source: Shejwalkar and Houmansadr, NDSS 2021, section VI (divide and conquer), without its sampling of dimensions.
+    """
+    flat = _flat(updates)
+    apart = flat - flat.mean(0)
+    _, axes = np.linalg.eigh(apart @ apart.T)
+    scores = np.square(axes[:, -1])  # of the Gram matrix: proportional to the squared projections on the same axis
+    kept = len(updates) - math.floor(share * len(updates))
+    return sorted(np.argsort(scores, kind="stable")[:kept].tolist())
+
+
 def _usual_lengths(lengths: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return how far a node usually moves each item: [n, items] -> [items]."""
     moved = lengths > 0
@@ -114,6 +131,10 @@ def _usual_lengths(lengths: NDArray[np.float64]) -> NDArray[np.float64]:
     if often.any():
         usual[often] = np.nanmedian(np.where(moved, lengths, np.nan)[:, often], axis=0)
     return usual
+
+
+def _flat(updates: Sequence[Params]) -> NDArray[np.float64]:
+    return np.stack([np.concatenate([update[name].ravel() for name in sorted(update)]) for update in updates])
 
 
 def _stacked(updates: Sequence[Params], name: str) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ from fedrec.privacy.settings import NoPrivacy, UserLevelPrivacy
 from fedrec.protocol.link import Link
 from fedrec.server.drift import check_drift
 from fedrec.server.files import load_last_good, make_folder, save_checkpoint
-from fedrec.server.guard import Guard, guard_of, planned, user_level
+from fedrec.server.guard import Guard, guard_of, planned, populations, user_level
 from fedrec.server.lifelong import run_stream
 from fedrec.server.local import local_mode
 from fedrec.server.publish import privacy
@@ -44,6 +44,8 @@ from fedrec.server.work import Desk, Event, Observer
 
 MOST_PAIRED = 8_192
 """Items of which a statistic of all pairs is still gathered: 134 MB."""
+MOST_PEOPLE = 10**9
+"""Taken for their number where a server does not know it yet."""
 VALIDATION = 0.1
 """Share of a slice's time that a blend keeps for validation."""
 CHECKPOINT, REPORT, LEDGER = "state.fedrec", "report.html", "ledger.jsonl"
@@ -151,7 +153,8 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     check_tiers(experiment)
     check_student(experiment, cut(experiment, dataset)[0].n_items)
     if isinstance(experiment.privacy, UserLevelPrivacy):
-        planned(experiment, (max(1, dataset.log.n_users),) * 2, 1.0)
+        # A server that knows the catalogue alone learns at the census how many people there are.
+        planned(experiment, populations(user_level(experiment), dataset.log.n_users or MOST_PEOPLE), 1.0)
     _check_promotion(experiment)
     _check_training(experiment)
     local_mode(experiment)

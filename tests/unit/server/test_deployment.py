@@ -24,11 +24,12 @@ from fedrec.server.app import GridLink
 from fedrec.server.certificates import certificate_problem, check_node_key, make_certificates
 from fedrec.server.deploy_commands import app, make_node
 from fedrec.server.deployed import run_deployed
-from fedrec.server.deployment import Deployment, DeploymentFolder
+from fedrec.server.deployment import Deployment, DeploymentFolder, catalog_only
 from fedrec.server.journal import OUTCOME, PROCESS, STATUS, Journal, read_document
+from fedrec.server.run import check
 from fedrec.server.telemetry import Telemetry
 from fedrec.settings import parsed
-from tests.support import START, dataset_of, small_document, small_rows, to_toml
+from tests.support import START, dataset_of, small_document, small_experiment, small_rows, to_toml
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LAST = START + 3600 * 900
@@ -259,3 +260,9 @@ def test_metrics_and_health_are_served_on_loopback(place: DeploymentFolder) -> N
             assert json.load(reply)["up"] is True
         with pytest.raises(RunError, match=f"Port {port} for metrics is taken"), Telemetry(place).serving(port):
             pass
+
+
+def test_a_server_that_knows_the_catalogue_alone_may_ask_for_masked_sums() -> None:
+    masked = {"mode": "distributed", "epsilon": 8.0, "delta": 1e-3}
+    experiment = small_experiment(split={"kind": "leave_one_out"}, training__cohort__expected=20.0, privacy=masked)
+    check(experiment, catalog_only(dataset_of(small_rows()).catalog, "shop"))

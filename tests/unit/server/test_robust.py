@@ -12,7 +12,7 @@ from fedrec.errors import ConfigError
 from fedrec.learning import Bounded, Krum, Mean, Median, TrimmedMean
 from fedrec.protocol.tally import Tally
 from fedrec.random import Key
-from fedrec.server.robust import bounded, combined, krum, robust_mean
+from fedrec.server.robust import bounded, combined, in_line, krum, robust_mean
 from tests.support import small_experiment
 
 N = 20
@@ -56,6 +56,24 @@ def test_krum_leaves_out_who_stands_apart() -> None:
     liars = lied(3, lambda update: {name: value + 9.0 for name, value in update.items()})
     assert krum(liars, Krum(share=0.15)) == list(range(3, N))
     assert krum(UPDATES[:1], Krum()) == [0]
+
+
+def test_who_pushes_one_way_together_is_left_out_however_short_the_push() -> None:
+    random = Key.from_seed(6).numpy()
+    honest = [{"item": random.normal(0.02, 1.0, (40, 5))} for _ in range(45)]
+    push = {"item": -10 * np.mean([update["item"] for update in honest], axis=0)}
+    liars = [{"item": push["item"] * np.sqrt(200) / np.linalg.norm(push["item"])} for _ in range(5)]
+    updates = [*liars, *honest]
+    assert in_line(updates, 0.1) == list(range(5, 50))
+    assert in_line(updates, 0.0) == list(range(50))
+    assert in_line(honest[:1], 0.4) == [0]
+    ones, rule = np.ones(50), Bounded(left_out=0.1)
+    mean = robust_mean(honest, ones[5:], Mean(), ROWS)["item"]
+    for settings, worst in ((rule, 0.3), (Bounded(left_out=0.0), np.inf)):
+        found = robust_mean(updates, ones, settings, ROWS)["item"]
+        apart = np.linalg.norm(found - mean) / np.linalg.norm(mean)
+        assert apart < worst
+    assert apart > 0.6, "without it, five of fifty undo most of what the others learnt"
 
 
 def test_one_item_is_not_lifted_beyond_what_is_usual() -> None:
