@@ -166,17 +166,30 @@ def limit(
     epsilon: Annotated[float | None, typer.Option("--epsilon", help="Most to spend over the device's life.")] = None,
     no_guarantee: Annotated[bool, typer.Option("--no-guarantee", help="Take part without an epsilon, too.")] = False,
     masked: Annotated[bool | None, typer.Option("--masked/--unmasked", help="Take part in masked sums only.")] = None,
+    identities: Annotated[
+        Path | None, typer.Option("--identities", help="JSON: public keys of the nodes of masked sums, people of each.")
+    ] = None,
+    own_epsilon: Annotated[
+        float | None, typer.Option("--own-epsilon", help='Mode "local": add noise here, spend so much at most.')
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show or change what a device insists on."""
     from fedrec.client.sdk import Device, Limits
+    from fedrec.protocol.identities import Identities
+    from fedrec.settings import parsed
 
     with _device(folder) as device:
         said = {"cohort_minimum": cohort, "epsilon": epsilon, "masked": masked}
         changes: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
         if no_guarantee:
             changes["epsilon"] = None
-        limits = Limits.model_validate(device.limits.model_dump() | changes)
+        if identities is not None:
+            known = Identities.load(identities).clients_of
+            changes["identities"] = {key.hex(): n for key, n in known.items()}
+        if own_epsilon is not None:
+            changes["local"] = {"epsilon": own_epsilon, "metrics": "research"}
+        limits = parsed(Limits, device.limits.model_dump() | changes, "the device's limits")
     if changes:
         Device(folder, limits=limits).close()
     print(limits.model_dump_json(indent=None if as_json else 1))

@@ -31,11 +31,15 @@ _SAID = {"advertise": "keys for a masked sum", "share": "sealed shares of keys",
 
 def able(limits: Limits) -> list[str]:
     """Return which kinds of tasks this device can do and wants to: some need torch."""
-    try:
-        torch = find_spec("torch") is not None
-    except ModuleNotFoundError:
-        torch = False
+    torch = _torch()
     return [kind for kind in limits.tasks if torch or kind not in _NEEDS_TORCH]
+
+
+def _torch() -> bool:
+    try:
+        return find_spec("torch") is not None
+    except ModuleNotFoundError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,11 @@ class Answerer:
 
     @property
     def _policy(self) -> SecurePolicy:
-        from fedrec.protocol.identities import SecurePolicy
+        from fedrec.protocol.identities import Identities, SecurePolicy
 
-        return SecurePolicy(seeded_noise=self.limits.simulation)
+        named = self.limits.identities
+        known = None if named is None else Identities({bytes.fromhex(key): n for key, n in named.items()})
+        return SecurePolicy(known=known, seeded_noise=self.limits.simulation)
 
     def _agreed(
         self, envelope: bytes, secure: SecureTerms | None, now: int
@@ -136,7 +142,7 @@ class Answerer:
             raise PlanRefused("The plan comes without terms, so nothing is promised about it.")
         plan = RoundPlan.from_bytes(document)
         part = check(plan, terms, secure, self.limits, self.store.parts(), self.pool.catalog.digest(), now)
-        if plan.task.kind not in able(self.limits):
+        if plan.task.kind not in able(self.limits) or (self.pool.budget is not None and not _torch()):
             raise PlanRefused(f"The plan asks for a {plan.task.kind}, which needs torch, and this device has none.")
         sent = {"what": plan.task.kind, "slice": plan.slice, "round": plan.round, "ledger": terms.ledger,
                 "epsilon": terms.epsilon, "cohort_minimum": terms.cohort_minimum,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import LogPool
 from fedrec.client.store import Store
 from fedrec.data.catalog import ItemCatalog
@@ -34,8 +35,18 @@ class DevicePool:
         *,
         name: str | None = None,
         ids: NDArray[np.int64] | None = None,
+        budget: LocalBudget | None = None,
     ) -> None:
-        """Host the people of `stores`; `ids` name their random streams, the stores' own numbers if not given."""
+        """Host the people of `stores`.
+
+        Args:
+            stores: one a person.
+            catalog: the public catalogue.
+            name: what the node is called.
+            ids: name the people's random streams; the stores' own numbers if not given.
+            budget: what the people insist on and have spent in mode "local"; None: they trust whoever asks.
+        """
+        self.budget = budget
         self.stores = stores
         self.catalog = catalog
         self.ids = np.array([store.number for store in stores], np.int64) if ids is None else ids
@@ -60,7 +71,9 @@ class DevicePool:
         return self._pool().run(plan)
 
     def _pool(self) -> LogPool:
-        return LogPool(log_of(self.stores, self.catalog), self.catalog, name=self.name, ids=self.ids)
+        return LogPool(
+            log_of(self.stores, self.catalog), self.catalog, name=self.name, ids=self.ids, budget=self.budget
+        )
 
 
 def log_of(stores: Sequence[Store], catalog: ItemCatalog) -> InteractionLog:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedrec.errors import PlanRefused
+from fedrec.privacy.settings import LocalPrivacy
 from fedrec.privacy.terms import Terms as SecureTerms
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.signing import Terms, digest_of
@@ -17,6 +18,7 @@ from fedrec.protocol.task import CountTask, FitTask
 Kind = Literal["fit", "count", "cooccurrence", "evaluate"]
 KINDS: tuple[Kind, ...] = ("fit", "count", "cooccurrence", "evaluate")
 _ROUNDING = 1e-9
+OWN = "this device's own ledger"
 
 
 class Limits(BaseModel):
@@ -36,8 +38,29 @@ class Limits(BaseModel):
     """Which kinds of tasks it does."""
     most_bytes: int = Field(default=256 << 20, ge=1024)
     """Longer documents are not downloaded."""
+    identities: dict[str, int] | None = None
+    """Masked sums are joined only with nodes whose public key, in hexadecimal, is named here, and for how many people
+    each may speak; the device's own gateway is one of them. None: whomever the server introduces."""
+    local: LocalPrivacy | None = None
+    """In mode "local": which noise the device adds itself, and what its own ledger may spend; it then counts and fits
+    for no server that asks for less. None: for no server that asks for it."""
     simulation: bool = False
     """Accept noise from a seed, which protects nobody."""
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        if self.local is not None and self.epsilon is not None and self.local.epsilon > self.epsilon:
+            raise ValueError("the own ledger may spend more than the device does over its life; lower local.epsilon")
+        return self
+
+    @field_validator("identities")
+    @classmethod
+    def _keys(cls, said: dict[str, int] | None) -> dict[str, int] | None:
+        if said is not None and any(
+            len(key) != 64 or set(key) - set("0123456789abcdef") or n < 1 for key, n in said.items()
+        ):
+            raise ValueError("a public key has 64 hexadecimal digits, a number of people is 1 or more")
+        return said
 
 
 @dataclass(frozen=True)
@@ -85,7 +108,12 @@ def spent(parts: Iterable[Mapping[str, Any]]) -> PrivacySpent:
             max(before.delta, float(part["delta"])),
             before.rounds + 1,
         )
-    found = tuple(ledgers.values())
+    return total(list(ledgers.values()))
+
+
+def total(ledgers: Sequence[Spent]) -> PrivacySpent:
+    """Return the sum over ledgers."""
+    found = tuple(ledgers)
     known = [one.epsilon for one in found if one.epsilon is not None]
     return PrivacySpent(sum(known) if len(known) == len(found) else None, sum(one.delta for one in found), found)
 
@@ -117,19 +145,21 @@ def check(
     if plan.task.kind not in limits.tasks:
         raise PlanRefused(f"The plan asks for a task of kind '{plan.task.kind}', which this device does not do.")
     _check_cohort(terms, secure, limits)
-    _check_noise(plan, terms, secure, limits)
+    own = _check_noise(plan, terms, secure, limits)
+    said = {
+        "ledger": terms.ledger, "epsilon": terms.epsilon, "delta": terms.delta, "nonce": terms.nonce,
+        "expires_at": terms.expires_at, "slice": plan.slice, "round": plan.round, "task": plan.task.kind,
+    }  # fmt: skip
+    if own:  # what it costs stands in the device's own ledger, which refuses by itself
+        return said | {"ledger": OWN, "epsilon": 0.0, "delta": 0.0}
     before = [one for one in spent(parts).ledgers if one.ledger == terms.ledger]
     if before and before[0].epsilon and (terms.epsilon or 0.0) < before[0].epsilon * (1 - _ROUNDING):
         raise PlanRefused(
             f"The plan says that ledger '{terms.ledger}' has spent epsilon {terms.epsilon or 0.0:.4g}, but it had "
             f"spent {before[0].epsilon:.4g} before; what is spent never comes back."
         )
-    part = {
-        "ledger": terms.ledger, "epsilon": terms.epsilon, "delta": terms.delta, "nonce": terms.nonce,
-        "expires_at": terms.expires_at, "slice": plan.slice, "round": plan.round, "task": plan.task.kind,
-    }  # fmt: skip
-    _check_budget(spent([*parts, part]), limits)
-    return part
+    _check_budget(spent([*parts, said]), limits)
+    return said
 
 
 def _check_identity(plan: RoundPlan, terms: Terms, parts: list[dict[str, Any]], catalog_digest: str, now: int) -> None:
@@ -156,13 +186,19 @@ def _check_cohort(terms: Terms, secure: SecureTerms | None, limits: Limits) -> N
         raise PlanRefused("The plan was signed for other terms of the masked sum than the device was told.")
 
 
-def _check_noise(plan: RoundPlan, terms: Terms, secure: SecureTerms | None, limits: Limits) -> None:
+def _check_noise(plan: RoundPlan, terms: Terms, secure: SecureTerms | None, limits: Limits) -> bool:
+    """Refuse noise that protects too little; return whether the device is to add noise of its own."""
     own = plan.task.private if isinstance(plan.task, FitTask | CountTask) else None
     seeded = (secure is not None and secure.noise == "seed") or (own is not None and own.noise == "seed")
     if seeded and not limits.simulation:
         raise PlanRefused("The plan asks for noise from a seed, which protects nobody outside a simulation.")
     if secure is not None and terms.epsilon is not None and secure.noise_multiplier == 0:
         raise PlanRefused("The plan promises an epsilon, but its masked sum has no noise.")
+    if own is not None and limits.local is None:
+        raise PlanRefused(
+            "The plan asks for noise of the device's own, and this device keeps no ledger to pay it from."
+        )
+    return own is not None
 
 
 def _check_budget(after: PrivacySpent, limits: Limits) -> None:
@@ -173,8 +209,11 @@ def _check_budget(after: PrivacySpent, limits: Limits) -> None:
             "The plan guarantees no privacy (it names no epsilon), and this device spends at most epsilon "
             f"{limits.epsilon:g} over its life."
         )
-    if after.epsilon > limits.epsilon * (1 + _ROUNDING) or after.delta > limits.delta * (1 + _ROUNDING):
+    kept = limits.local  # its own ledger's whole budget is spoken for
+    epsilon = after.epsilon + (0.0 if kept is None else kept.epsilon)
+    delta = after.delta + (0.0 if kept is None else kept.delta)
+    if epsilon > limits.epsilon * (1 + _ROUNDING) or delta > limits.delta * (1 + _ROUNDING):
         raise PlanRefused(
-            f"The plan would bring what this device has spent over its life to epsilon {after.epsilon:.4g} at delta "
-            f"{after.delta:.2g}, above its own {limits.epsilon:g} at {limits.delta:.2g}."
+            f"The plan would bring what this device has spent over its life to epsilon {epsilon:.4g} at delta "
+            f"{delta:.2g}, above its own {limits.epsilon:g} at {limits.delta:.2g}."
         )

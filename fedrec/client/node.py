@@ -161,7 +161,8 @@ def hosted_pool(path: Path) -> ClientPool | GatewayPool:
         from fedrec.client.store import Store
 
         assert catalog is not None
-        return DevicePool([Store(folder / store) for store in settings.stores], catalog, name=settings.name)
+        stores = [Store(folder / store) for store in settings.stores]
+        return DevicePool(stores, catalog, name=settings.name, budget=budget)
     assert settings.data is not None
     local = folder / settings.data
     dataset = load_dataset(str(local) if local.exists() else settings.data)

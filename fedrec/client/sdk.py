@@ -6,6 +6,7 @@ Source: docs/device.md shows each of these at work.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedrec.client.conditions import Conditions, system_conditions
 from fedrec.client.device_pool import DevicePool
 from fedrec.client.keys import KeyPlace
-from fedrec.client.limits import Limits, PrivacySpent, spent
+from fedrec.client.limits import OWN, Limits, PrivacySpent, Spent, spent, total
 from fedrec.client.store import Retention, Store
 from fedrec.clock import system_clock
 from fedrec.errors import ConfigError, PlanRefused, ProtocolError, StoreError
@@ -26,10 +27,13 @@ from fedrec.models import portable
 from fedrec.protocol.signing import DeviceRelease, verify
 
 if TYPE_CHECKING:
+    from fedrec.client.budget import LocalBudget
     from fedrec.client.participation import Participation
 
 __all__ = ["Conditions", "Device", "Enrolment", "Limits", "Reason", "Recommendation", "Retention"]
 
+LEDGERS = "ledgers"
+"""Folder of the device's own privacy ledger, in the store's."""
 RELEASE, ENROLMENT, LIMITS = "release", "enrolment", "limits"
 """Under these names the store keeps the device's release, its enrolment and its limits."""
 
@@ -253,6 +257,7 @@ class Device:
         from fedrec.client.keeping import LOCK
 
         self.store.forget_everything()
+        shutil.rmtree(self.store.folder / LEDGERS, ignore_errors=True)
         (self.store.folder / LOCK).unlink(missing_ok=True)
 
     def export_history(self) -> str:
@@ -260,8 +265,14 @@ class Device:
         return self.store.export_history()
 
     def privacy_spent(self) -> PrivacySpent:
-        """Return what taking part has cost over the device's life, by the word of the servers."""
-        return spent(self.store.parts())
+        """Return what taking part has cost over the device's life: by the word of servers, and by its own ledger."""
+        found, budget = spent(self.store.parts()), self._budget
+        if budget is None:
+            return found
+        rounds = sum(one.rounds for one in found.ledgers if one.ledger == OWN)
+        own = Spent(OWN, budget.spent(self.store.number), budget.settings.delta if rounds else 0.0, rounds)
+        others = [one for one in found.ledgers if one.ledger != OWN]
+        return total([*others, own])
 
     def sent(self) -> list[dict[str, Any]]:
         """Return a line for everything that ever left the device, oldest first."""
@@ -331,7 +342,16 @@ class Device:
     @property
     def pool(self) -> DevicePool:
         """The device as the pool of one person, in the numbering of its release's catalogue."""
-        return DevicePool([self.store], self.release.catalog)
+        return DevicePool([self.store], self.release.catalog, budget=self._budget)
+
+    @property
+    def _budget(self) -> LocalBudget | None:
+        """The device's own ledger, where it insists on noise of its own."""
+        if self.limits.local is None:
+            return None
+        from fedrec.client.budget import LocalBudget
+
+        return LocalBudget(self.limits.local, self.store.folder / LEDGERS)
 
     def close(self) -> None:
         """Close the store."""

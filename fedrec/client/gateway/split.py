@@ -15,7 +15,7 @@ import numpy as np
 from fedrec.errors import FedrecError, MaskingError
 from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms
-from fedrec.protocol.identities import IDENTITY_BYTES, SIGNATURE_BYTES, signed
+from fedrec.protocol.identities import signed
 from fedrec.protocol.link import Verb
 from fedrec.protocol.secure import (
     ADVERT,
@@ -98,14 +98,13 @@ def _cut_share(asked: ShareRequest) -> Parts:
     documents = {}
     for at, number in enumerate(_numbers(asked.parties)):
         row = asked.neighbours[at : at + 1]
-        try:
-            adverts = asked.adverts[[place[int(other)] for other in row[0]]]
-        except KeyError as error:
-            raise MaskingError("The server names neighbours without their keys.") from error
+        if not set(row[0].tolist()) <= place.keys():
+            raise MaskingError("The server names neighbours without their keys.")
+        # Who has a roster checks everybody's keys and who vouches for them; else the neighbours' will do.
+        shown = np.arange(len(asked.known)) if len(asked.speakers) else np.array([place[int(n)] for n in row[0]])
         one = ShareRequest(
-            asked.session, asked.n_parties, asked.parties[at : at + 1], row, row[0], adverts,
-            np.full(len(row[0]), -1, np.int64), np.zeros((0, IDENTITY_BYTES), np.uint8),
-            np.zeros((0, SIGNATURE_BYTES), np.uint8),
+            asked.session, asked.n_parties, asked.parties[at : at + 1], row, asked.known[shown], asked.adverts[shown],
+            asked.speaker_of[shown], asked.speakers, asked.signatures,
         )  # fmt: skip
         documents[number] = one.to_bytes()
     return Parts(asked.session, documents, None, asked.neighbours.shape[1] * SEALED + SLACK_BYTES)
@@ -124,9 +123,8 @@ def _cut_mask(asked: MaskRequest, terms: Terms) -> Parts:
 
 
 def _cut_unmask(asked: UnmaskRequest) -> Parts:
-    unsigned = np.zeros((0, SIGNATURE_BYTES), np.uint8)
     documents = {
-        n: UnmaskRequest(asked.session, asked.parties[at : at + 1], asked.arrived, unsigned).to_bytes()
+        n: UnmaskRequest(asked.session, asked.parties[at : at + 1], asked.arrived, asked.signatures).to_bytes()
         for at, n in enumerate(_numbers(asked.parties))
     }
     return Parts(asked.session, documents, None, (len(asked.arrived) + 1) * (SHARE_BYTES + 1) + SLACK_BYTES)

@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import ValidationError
 
 from fedrec.client.answering import Answer, Answerer, able
 from fedrec.client.conditions import Conditions
-from fedrec.client.keeping import kept_unsent
+from fedrec.client.keeping import drop_unsent, kept_unsent
 from fedrec.client.limits import spent
 from fedrec.client.sdk import Device, Enrolment, Limits
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.slices import LastWindow
-from fedrec.errors import ConfigError, PlanRefused, UnknownItem
+from fedrec.errors import ConfigError, PlanRefused, PrivacyError, UnknownItem
 from fedrec.models.configs import FactorisationConfig, PopularityConfig
-from fedrec.privacy.settings import LocalNoise, UserUnit
+from fedrec.privacy.settings import LocalNoise, LocalPrivacy, UserUnit
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.signing import DeviceRelease, Terms, public_key, sign
 from fedrec.protocol.tally import Tally
@@ -234,3 +235,54 @@ def test_importing_the_sdk_is_light() -> None:
     code = "import sys, fedrec.client.sdk; print([m for m in ('torch', 'flwr', 'grpc', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+OWN = LocalPrivacy(epsilon=6.0, delta=1e-5, unit=UserUnit(), metrics="research")
+
+
+def noised() -> RoundPlan:
+    private = LocalNoise(noise_multiplier=2.0, unit=UserUnit())
+    return plan_of(task=CountTask(window=LastWindow(skip=0), clip_norm=1.0, private=private))
+
+
+def test_in_mode_local_a_device_pays_from_its_own_ledger_and_stops_when_it_is_spent(tmp_path: Path) -> None:
+    with device(tmp_path, Limits(local=OWN)) as one:
+        one.record("b", time=1)
+        sums = []
+        for number in range(20):
+            terms = terms_of(epsilon=None, delta=0.0, nonce=f"{number:032x}")
+            found = asked(one, noised(), terms)
+            tally = Tally.from_bytes(found.document, noised().coding)
+            if not tally.n_clients:
+                break
+            sums.append(tally.sums["counts"])
+            found.keep(one.store, "task", "run")
+            drop_unsent(one.store)
+        assert 2 <= len(sums) < 20
+        assert np.abs(sums[0] - sums[1]).max() > 0.5, "noise is drawn anew for each"
+        spent = one.privacy_spent()
+        assert 0 < (spent.epsilon or 0.0) <= OWN.epsilon
+        assert [(each.ledger, each.rounds) for each in spent.ledgers] == [("this device's own ledger", len(sums))]
+        assert (tmp_path / "ledgers").is_dir()
+        one.forget_everything()
+    assert not (tmp_path / "ledgers").exists()
+
+
+def test_a_device_with_a_ledger_of_its_own_answers_nothing_less_private(tmp_path: Path) -> None:
+    promised = terms_of(epsilon=None, delta=0.0)
+    with device(tmp_path / "a", Limits(local=OWN)) as one:
+        one.record("b", time=1)
+        with pytest.raises(PrivacyError, match="without the noise that these clients insist on"):
+            asked(one, plan_of(task=CountTask(window=LastWindow(skip=0), clip_norm=1.0)), terms_of(epsilon=0.5))
+        with pytest.raises(PlanRefused, match="noise from a seed"):
+            asked(one, seeded(), promised)
+        with pytest.raises(PlanRefused, match="epsilon 9 at delta"):
+            asked(one, plan_of(), terms_of(epsilon=3.0))
+    with device(tmp_path / "b") as one, pytest.raises(PlanRefused, match="keeps no ledger to pay it from"):
+        asked(one, noised(), promised)
+    with pytest.raises(ValidationError, match="may spend more than the device does over its life"):
+        Limits(epsilon=1.0, local=OWN)
+
+
+def seeded() -> RoundPlan:
+    return plan_of(task=CountTask(window=LastWindow(skip=0), clip_norm=1.0, private=SEEDED))

@@ -25,7 +25,7 @@ from fedrec.protocol.link import Verb
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.secure import AdvertiseRequest
 from fedrec.protocol.signing import Terms as Promised
-from fedrec.protocol.signing import sign
+from fedrec.protocol.signing import public_key, sign, write_key
 from fedrec.protocol.task import CountTask
 from fedrec.random import Key
 from fedrec.server.gather import Ask, Roster
@@ -54,16 +54,19 @@ CLIP = 4.0
 class Person(threading.Thread):
     """One device, in a thread of its own, taking part until it is told to leave, or until a phase."""
 
-    def __init__(self, folder: Path, enrolment: Enrolment, number: int, leaves_at: str = "") -> None:
+    def __init__(
+        self, folder: Path, enrolment: Enrolment, number: int, leaves_at: str = "", limits: Limits = LIMITS
+    ) -> None:
         super().__init__(daemon=True)
         self.folder, self.enrolment, self.number, self.leaves_at = folder, enrolment, number, leaves_at
+        self.limits = limits
         self.log: list[dict[str, Any]] = []
         self.refused: list[dict[str, Any]] = []
         self.spent: float | None = None
         self.over = False
 
     def run(self) -> None:
-        one = device(self.folder, self.enrolment, self.number, LIMITS)
+        one = device(self.folder, self.enrolment, self.number, self.limits)
         if self.leaves_at:
             self._leave(one)
         try:
@@ -90,6 +93,52 @@ def plan_for(slots: Any) -> RoundPlan:
     return RoundPlan(0, 2, task, PopularityConfig(), N_ITEMS, {}, Key.from_seed(1), CATALOG.digest(), slots)
 
 
+@pytest.mark.parametrize("known", ["all", "a stranger", "too few people"])
+def test_devices_with_a_roster_take_part_with_the_nodes_in_it_alone(tmp_path: Path, known: str) -> None:
+    with short_folder() as folder:
+        key = write_key(folder / "identity.key")
+        vouches = public_key(key).hex()
+        rosters = {"all": {vouches: N}, "a stranger": {"0" * 64: N}, "too few people": {vouches: N - 1}}
+        limits = LIMITS.model_copy(update={"identities": rosters[known]})
+        settings = made(folder, deadline_seconds=8.0, identity="identity.key")
+        with running(folder, settings):
+            people = [Person(tmp_path / str(n), enrolled(folder, settings, str(n)), n, "", limits) for n in range(N)]
+            for one in people:
+                one.start()
+            pool = GatewayPool(folder)
+            request = CensusRequest(window=WINDOW, catalog_digest=CATALOG.digest()).to_bytes()
+            while Census.from_bytes(pool.answer("census", request)).n_clients < N:
+                pass
+            try:
+                got = summed(pool, N)
+                assert known == "all"
+                assert got.n_clients == N
+            except MaskingError:
+                assert known != "all"
+            for one in people:
+                one.over = True
+            for one in people:
+                one.join(30)
+    why = {"a stranger": "whom this client does not know", "too few people": "speaks for 7 clients, and may for 6"}
+    for one in people:
+        if known == "all":
+            assert one.refused == []
+            assert [line["verb"] for line in one.log if "verb" in line] == ["advertise", "share", "mask", "unmask"]
+        else:
+            assert why[known] in one.refused[0]["why"]
+            assert "mask" not in [line.get("verb") for line in one.log], "nothing of the history has left"
+
+
+def summed(pool: GatewayPool, present: int) -> Any:
+    """Ask the devices of a gateway for a masked sum of what they took."""
+    link = SignedLink(PoolLink({7: pool}), SERVER, lambda: Promise("main", 5, 1.0, 1e-6))
+    mechanism = GaussianMechanism(CLIP, 1e-4)
+    charge = PrivacyLedger(None, epsilon=None, delta=1e-5).charge("sum", mechanism.event(1.0), clip_norm=CLIP)
+    shapes = {"counts": ((N_ITEMS,), np.dtype(np.float32))}
+    ask = Ask(link, Roster(((7, "gateway", present),)), plan_for, shapes, 20.0)
+    return secure_gather(ask, ask.everybody, mechanism, charge, SecureSum(minimum=5, dropouts=0.3, neighbours=6))
+
+
 @pytest.mark.parametrize("leaves_at", ["", "mask", "unmask"])
 def test_the_sum_of_masked_contributions_is_that_of_the_histories(tmp_path: Path, leaves_at: str) -> None:
     with short_folder() as folder:
@@ -105,13 +154,7 @@ def test_the_sum_of_masked_contributions_is_that_of_the_histories(tmp_path: Path
             request = CensusRequest(window=WINDOW, catalog_digest=CATALOG.digest()).to_bytes()
             while (present := Census.from_bytes(pool.answer("census", request)).n_clients) < N:
                 pass
-            link = SignedLink(PoolLink({7: pool}), SERVER, lambda: Promise("main", 5, 1.0, 1e-6))
-            mechanism = GaussianMechanism(CLIP, 1e-4)
-            charge = PrivacyLedger(None, epsilon=None, delta=1e-5).charge("sum", mechanism.event(1.0), clip_norm=CLIP)
-            shapes = {"counts": ((N_ITEMS,), np.dtype(np.float32))}
-            ask = Ask(link, Roster(((7, "gateway", present),)), plan_for, shapes, 20.0)
-            secure = SecureSum(minimum=5, dropouts=0.3, neighbours=6)
-            got = secure_gather(ask, ask.everybody, mechanism, charge, secure)
+            got = summed(pool, present)
             for one in people:
                 one.over = True
             for one in people:
@@ -146,7 +189,6 @@ def asked_of(one: Device, verb: Verb, document: bytes, plan: bytes) -> bytes:
 
 
 def masked_device(folder: Path) -> Device:
-    from fedrec.protocol.signing import public_key
     from fedrec.server.device_release import first_release
 
     return Device(folder, release=first_release(CATALOG, SERVER), trusted=[public_key(SERVER)], limits=LIMITS)
