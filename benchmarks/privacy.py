@@ -1,83 +1,83 @@
-"""Quality against epsilon: private statistics, private fits and both; user level, central mode, leave-one-out."""
+"""Quality against epsilon: private statistics, private fits and both; user level, central mode, leave-one-out.
+
+``--only ml-100k`` or ``ml-1m`` measures one data set; ``--statistics`` leaves out fits and models without privacy.
+``python -m benchmarks.privacy_plot`` draws the curves from what both wrote.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from benchmarks.harness import Row, claim, progress, run, unclaimed
 from benchmarks.leave_one_out import ease
-from benchmarks.private_choices import CHOICES, EASE, FIT_SEEDS, FITS, PLAIN, SEEDS
-from benchmarks.private_fits import combined, fitted, live, plain, quality, update_bytes
-from benchmarks.private_statistics import CHOICE, DELTA, Bench
+from benchmarks.private_choices import CHOICES, EASE, EXACT_SEEDS, FIT_SEEDS, FITS, SEEDS
+from benchmarks.private_fits import combined, exact, fitted, live, quality, update_bytes
+from benchmarks.private_statistics import CHOICE, Bench, Found
 from fedrec.data.features import make_encoder
 from fedrec.data.sources import load_dataset
 from fedrec.errors import DataError
 
+DATASETS = ("ml-100k", "ml-1m")
 EPSILONS = (8.0, 4.0, 2.0, 1.0)
-PLOT = Path(__file__).parent / "results" / "privacy.png"
 TARGETS = {
     "ml-1m": {8.0: 0.116, 4.0: 0.102, 2.0: 0.086, 1.0: 0.060},
     "ml-100k": {8.0: 0.082, 4.0: 0.070, 2.0: 0.063, 1.0: 0.055},
 }
 MOST_BYTES, PEOPLE = 100_000, 60
 """Bound of one client's upload, and how many people it is measured on beside those of the longest histories."""
-STUDENT = {2: 12.706, 3: 4.303, 5: 2.776}
+STUDENT = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262}
+"""97.5 % quantiles of Student's t by the number of seeds."""
 UNIT = "NDCG@10"
-Points = dict[str, dict[float, list[float]]]
-"""Of each recommender and epsilon (infinite: no noise) what every seed gave."""
+HALF = "half of the 95 % interval"
 
 
-def measure(quick: bool, fits: bool = True) -> list[Row]:
-    """Measure every budget on both data sets, and draw the curves; without `fits` what is made of statistics alone."""
+def measure(quick: bool, names: Sequence[str] = DATASETS, fits: bool = True) -> list[Row]:
+    """Measure every budget on some data sets; without `fits` what is made of statistics alone."""
     torch.set_num_threads(1)
     rows: list[Row] = []
-    found: dict[str, Points] = {}
     try:
         make_encoder("wordllama")
     except DataError as error:
         print(f"skipped: {error}", file=sys.stderr)
         return rows
-    for name in ("ml-100k",) if quick else ("ml-100k", "ml-1m"):
+    for name in names[:1] if quick else names:
         try:
             dataset = load_dataset(name, say=lambda note: print(note, file=sys.stderr))
         except DataError as error:
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
-        bench, points = Bench(dataset), found.setdefault(name, {})
-        rows += _private(name, bench, points, quick)
+        bench = Bench(dataset)
+        rows += _private(name, bench, quick)
         rows += _traffic(name, bench, quick)
         if fits and not quick:
-            rows += _fits(name, bench, points)
-            rows += _exact(name, bench, points)
-    if not quick:
-        draw(found, PLOT)
+            rows += _fits(name, bench)
+            rows += _exact(name, bench)
     return rows
 
 
-def _private(name: str, bench: Bench, points: Points, quick: bool) -> list[Row]:
+def _private(name: str, bench: Bench, quick: bool) -> list[Row]:
     """Return what one round of counts and one of statistics give at each budget."""
     reach, rows = unclaimed if quick else claim, []
     for place in progress(range(len(EPSILONS)), f"{name}, statistics"):
         epsilon = EPSILONS[place]
         choice, head = CHOICES[name][epsilon], f"{name}, epsilon {epsilon:g}"
         seeds = SEEDS[name][:1] if quick else SEEDS[name]
-        scores = [bench.spectral(choice, epsilon, seed) for seed in seeds]
-        popular = [bench.popularity(epsilon, seed) for seed in seeds]
-        points.setdefault("spectral", {})[epsilon] = scores
-        points.setdefault("popularity", {})[epsilon] = popular
-        what = f"{head}: spectral, mean of {len(seeds)}"
-        rows.append(reach(what, float(np.mean(scores)), UNIT, ">=", TARGETS[name][epsilon]))
-        rows += _spread(f"{head}: spectral", scores)
+        scores = [bench.spectral(choice, epsilon, seed).value for seed in seeds]
+        popular = [bench.popularity(epsilon, seed).value for seed in seeds]
+        mean = float(np.mean(scores))
+        rows += [
+            reach(f"{head}: spectral", mean, UNIT, ">=", TARGETS[name][epsilon]),
+            *_spread(head, "spectral", scores),
+        ]
         if not quick:
-            chosen = bench.spectral(choice, epsilon, 100, CHOICE)
+            chosen = bench.spectral(choice, epsilon, 100, CHOICE).value
             rows.append(Row(f"{head}: spectral, where it was chosen, other noise", chosen, UNIT))
-        rows += _summary(f"{head}: popularity", popular)
+        rows += _summary(head, "popularity", popular)
     return rows
 
 
@@ -93,7 +93,7 @@ def _traffic(name: str, bench: Bench, quick: bool) -> list[Row]:
         Row(f"{name}: spectral, rounds", 2, "rounds"),
     ]
     update = update_bytes(bench, fitted(name, bench, 8.0, 1))
-    rounds, cohort = FITS["base"]["rounds"], FITS["cohort"]["expected"]
+    rounds, cohort = FITS[name]["base"]["rounds"], FITS[name]["cohort"]["expected"]
     taking = rounds * cohort / bench.pool.census(CHOICE.train, bench.dataset.catalog.digest())
     return [
         *rows,
@@ -103,96 +103,73 @@ def _traffic(name: str, bench: Bench, quick: bool) -> list[Row]:
     ]
 
 
-def _fits(name: str, bench: Bench, points: Points) -> list[Row]:
+def _fits(name: str, bench: Bench) -> list[Row]:
     """Return what a private fit gives alone, and on top of the statistic as far as charged validation adopts it."""
     rows = []
     for place in progress(range(len(EPSILONS)), f"{name}, fits"):
         epsilon = EPSILONS[place]
         head = f"{name}, epsilon {epsilon:g}"
-        alone = [quality(live(bench, fitted(name, bench, epsilon, seed))) for seed in FIT_SEEDS[name]]
-        lives = [live(bench, combined(name, bench, epsilon, seed)) for seed in FIT_SEEDS[name]]
-        both = [quality(one) for one in lives]
-        points.setdefault("DP-FedAvg transformer", {})[epsilon] = alone
-        points.setdefault("combination", {})[epsilon] = both
-        rows += _summary(f"{head}: DP-FedAvg transformer", alone)
-        rows += _summary(f"{head}: combination", both)
-        weight = float(np.mean([one["adoption"]["weight"] for one in lives]))
+        alone = [live(bench, fitted(name, bench, epsilon, seed)) for seed in FIT_SEEDS[name]]
+        both = [live(bench, combined(name, bench, epsilon, seed)) for seed in FIT_SEEDS[name]]
+        rows += _summary(head, "DP-FedAvg transformer", [quality(one) for one in alone])
+        rows += _summary(head, "combination", [quality(one) for one in both])
+        weight = float(np.mean([one["adoption"]["weight"] for one in both]))
         rows.append(Row(f"{head}: combination, weight of the fit that was adopted, mean", weight, "weight"))
     return rows
 
 
-def _exact(name: str, bench: Bench, points: Points) -> list[Row]:
-    """Return the rows without privacy."""
-    lives = [live(bench, plain(name, seed)) for seed in PLAIN[name]]
-    found = {
-        "popularity": [bench.popularity(None, 0)],
-        "EASE, centralised": [ease(bench.dataset, EASE[name])],
-        "spectral": [bench.spectral(CHOICES[name][None], None, 0)],
-        "federated transformer": [quality(one) for one in lives],
-        "local-only": [quality(one, "local_only") for one in lives],
+def _exact(name: str, bench: Bench) -> list[Row]:
+    """Return the rows without privacy: intervals over people where nothing is drawn, else over seeds."""
+    head, rows = f"{name}, no privacy", []
+    certain = {
+        "popularity": bench.popularity(None, 0),
+        "EASE, centralised": ease_found(bench, EASE[name]),
+        "spectral": bench.spectral(CHOICES[name][None], None, 0),
     }
-    rows = []
-    for what, scores in found.items():
-        points.setdefault(what, {})[math.inf] = scores
-        rows += _summary(f"{name}, no privacy: {what}", scores)
-    return rows
+    for what, found in certain.items():
+        rows += [
+            Row(f"{head}: {what}", found.value, UNIT),
+            Row(f"{head}: {what}, {HALF} over people", found.half, UNIT),
+        ]
+    lives = [live(bench, exact(name, seed)) for seed in progress(EXACT_SEEDS[name], f"{name}, no privacy")]
+    rows += _summary(head, "federated transformer", [quality(one) for one in lives])
+    return rows + _summary(head, "local-only, 200 people", [quality(one, "local_only") for one in lives])
 
 
-def _summary(what: str, scores: Sequence[float]) -> list[Row]:
-    """Return the mean and, of several seeds, how they spread."""
-    if len(scores) == 1:
-        return [Row(what, scores[0], UNIT)]
-    return [Row(f"{what}, mean of {len(scores)}", float(np.mean(scores)), UNIT), *_spread(what, scores)]
+def ease_found(bench: Bench, regularisation: float) -> Found:
+    """Return centralised EASE, with its interval over people."""
+    people = ease(bench.dataset, regularisation)
+    return Found(float(people.mean()), 1.96 * float(people.std(ddof=1)) / math.sqrt(len(people)))
 
 
-def _spread(what: str, scores: Sequence[float]) -> list[Row]:
+def _summary(head: str, what: str, scores: Sequence[float]) -> list[Row]:
+    """Return the mean over seeds and how they spread."""
+    return [Row(f"{head}: {what}", float(np.mean(scores)), UNIT), *_spread(head, what, scores)]
+
+
+def _spread(head: str, what: str, scores: Sequence[float]) -> list[Row]:
     """Return half of Student's 95 % interval of the mean over seeds."""
-    if len(scores) == 1:
+    n = len(scores)
+    if n == 1:
         return []
-    half = STUDENT[len(scores)] * float(np.std(scores, ddof=1)) / math.sqrt(len(scores))
-    return [Row(f"{what}, half of the 95 % interval over seeds", half, UNIT)]
+    half = STUDENT[n] * float(np.std(scores, ddof=1)) / math.sqrt(n)
+    return [Row(f"{head}: {what}, {HALF} over {n} seeds", half, UNIT)]
 
 
-def draw(found: dict[str, Points], path: Path) -> None:
-    """Draw each data set's curves with the range over seeds, and what is reached without noise as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, max(1, len(found)), figsize=(6 * max(1, len(found)), 4.6), squeeze=False)
-    for axis, (name, points) in zip(axes[0], found.items(), strict=True):
-        for number, (label, budgets) in enumerate(points.items()):
-            private = sorted(epsilon for epsilon in budgets if math.isfinite(epsilon))
-            if private:
-                means = [float(np.mean(budgets[epsilon])) for epsilon in private]
-                ends = [_ends(budgets[epsilon], np.min, np.max) for epsilon in private]
-                axis.errorbar(
-                    private, means, yerr=np.transpose(ends), marker="o", capsize=3, color=f"C{number}", label=label
-                )
-            if math.inf in budgets:
-                exact = float(np.mean(budgets[math.inf]))
-                told = f"{label}, no privacy: {exact:.3f}"
-                axis.axhline(exact, color=f"C{number}", linestyle=":", linewidth=1.2, label=told)
-        axis.plot(*zip(*sorted(TARGETS[name].items()), strict=True), "k_", markersize=14, label="target")
-        axis.set(
-            title=name, xscale="log", xlabel=f"epsilon (user level, delta {DELTA:g})", ylabel="NDCG@10, full ranking"
-        )
-        axis.minorticks_off()
-        axis.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
-        axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0.0, -0.16), ncols=2, frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _ends(scores: Sequence[float], low: Callable[..., float], high: Callable[..., float]) -> tuple[float, float]:
-    mean = float(np.mean(scores))
-    return mean - float(low(scores)), float(high(scores)) - mean
+def main(argv: Sequence[str]) -> int:
+    """Run what the arguments ask for."""
+    rest = [argument for argument in argv if argument != "--statistics"]
+    names: Sequence[str] = DATASETS
+    if "--only" in rest:
+        place = rest.index("--only")
+        names = rest[place + 1 : place + 2]
+        if not names or names[0] not in DATASETS:
+            print(f"--only takes one of {', '.join(DATASETS)}.", file=sys.stderr)
+            return 2
+        del rest[place : place + 2]
+    title = (__doc__ or "").split("\n")[0]
+    return run("privacy", title, lambda quick: measure(quick, names, "--statistics" not in argv), rest, argv)
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    taken = [argument for argument in given if argument != "--statistics"]  # leaves the fits and exact models out
-    sys.exit(run("privacy", __doc__ or "", lambda quick: measure(quick, taken == given), taken, given))
+    sys.exit(main(sys.argv[1:]))

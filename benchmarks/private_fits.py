@@ -20,8 +20,8 @@ from fedrec.random import Key
 
 def fitted(name: str, bench: Bench, epsilon: float, seed: int, test: str = "test") -> Experiment:
     """Return a private fit of a small transformer; its popularity counts get a hundredth of the budget."""
-    noise = {"fit": _fit_noise(bench, 0.99), "count": 10.0}
-    return _experiment(name, seed, SMALL, FITS, _central(epsilon, noise), test)
+    noise = {"fit": _fit_noise(name, bench, 0.99), "count": 10.0}
+    return _experiment(name, seed, SMALL, FITS[name], _central(epsilon, noise), test)
 
 
 def combined(name: str, bench: Bench, epsilon: float, seed: int, test: str = "test") -> Experiment:
@@ -30,32 +30,32 @@ def combined(name: str, bench: Bench, epsilon: float, seed: int, test: str = "te
     items, _, counts = choice.shares
     model = {"kind": "blend", "prior": choice.model.model_dump(), "fitted": SMALL}
     told = {"item_share": items / (1 - counts), "feature_share": 1 - items / (1 - counts)}
-    training = {**FITS, "statistics": {**told, "features": choice.features.model_dump()}}
+    training = {**FITS[name], "statistics": {**told, "features": choice.features.model_dump()}}
     prior, fit, validation = SPENT
     tried = 1 + len(Experiment.parse({"model": model}).model.weights)  # type: ignore[union-attr]
     noise = {
         "statistics": 1 / math.sqrt(prior * (1 - counts)),
         "count": 1 / math.sqrt(prior * counts),
-        "fit": _fit_noise(bench, fit),
+        "fit": _fit_noise(name, bench, fit),
         "metrics_noise": math.sqrt(tried / validation),
     }
     return _experiment(name, seed, model, training, _central(epsilon, noise), test)
 
 
-def plain(name: str, seed: int) -> Experiment:
+def exact(name: str, seed: int) -> Experiment:
     """Return the transformer without privacy, with the local-only row beside it."""
     model = {"kind": "transformer", "dim": 64, "blocks": 1, "heads": 2, "length": 50, "dropout": 0.2}
     return _experiment(name, seed, model, EXACT, {"mode": "none"}, local_only=200)
 
 
-def _fit_noise(bench: Bench, share: float) -> float:
+def _fit_noise(name: str, bench: Bench, share: float) -> float:
     """Return the relative multiplier of a round so that all rounds cost about this share of a release of noise 1.
 
     Many rounds of rate q and noise z are worth one Gaussian release of noise z / (q sqrt(rounds)).
     """
     people = bench.pool.census(TEST.train, bench.dataset.catalog.digest())
-    rate = float(FITS["cohort"]["expected"]) / people
-    return rate * math.sqrt(float(FITS["base"]["rounds"]) / share)
+    rate = float(FITS[name]["cohort"]["expected"]) / people
+    return rate * math.sqrt(float(FITS[name]["base"]["rounds"]) / share)
 
 
 def _central(epsilon: float, noise: Mapping[str, float]) -> dict[str, Any]:

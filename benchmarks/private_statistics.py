@@ -15,6 +15,7 @@ from fedrec.client.pool import LogPool
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import FeatureSettings, item_features
 from fedrec.data.slices import LastWindow
+from fedrec.evaluation.intervals import summarise
 from fedrec.evaluation.metrics import metric_names
 from fedrec.models.configs import AnyModelConfig, PopularityConfig, SpectralConfig
 from fedrec.params import Array, Params
@@ -29,6 +30,8 @@ from fedrec.random import Key
 from fedrec.server.spectral import projected, spectral_params
 
 DELTA = 1e-5
+REPLICATES = 500
+"""Of the bootstrap over people."""
 COUNT_CLIP = 4.0
 """L2 bound of one person's popularity counts: the default of `privacy.count_clip`."""
 
@@ -69,6 +72,19 @@ class Choice:
     features: FeatureSettings
 
 
+@dataclass(frozen=True)
+class Found:
+    """NDCG@10 of full ranking.
+
+    Attributes:
+        value: mean over people.
+        half: half of its 95 % interval over people.
+    """
+
+    value: float
+    half: float
+
+
 class Bench:
     """One data set: its pool, its statistics with noise, and full ranking of a model."""
 
@@ -79,13 +95,13 @@ class Bench:
         self.n_items = len(dataset.catalog)
         self._halves: tuple[str, Params] | None = None
 
-    def spectral(self, choice: Choice, epsilon: float | None, seed: int, fold: Fold = TEST) -> float:
+    def spectral(self, choice: Choice, epsilon: float | None, seed: int, fold: Fold = TEST) -> Found:
         """Return NDCG@10 of the spectral model at this budget, counts and statistic together."""
         counts, features, statistic = self.released(choice, epsilon, seed, fold)
         params = spectral_params(statistic, counts, choice.model, features, self.n_items)
         return self.quality(choice.model, params, fold)
 
-    def popularity(self, epsilon: float | None, seed: int, fold: Fold = TEST) -> float:
+    def popularity(self, epsilon: float | None, seed: int, fold: Fold = TEST) -> Found:
         """Return NDCG@10 of popularity counts that the whole budget is spent on."""
         noise = None if epsilon is None else multipliers(epsilon, 1.0)[0]
         ledger = PrivacyLedger(None, epsilon=epsilon, delta=DELTA)
@@ -123,13 +139,15 @@ class Bench:
             self._halves = digest, projected(features, tally.sums, tally.n_clients)
         return self._halves[1]
 
-    def quality(self, config: AnyModelConfig, params: Params, fold: Fold = TEST) -> float:
+    def quality(self, config: AnyModelConfig, params: Params, fold: Fold = TEST) -> Found:
         """Return NDCG@10 of full ranking, everything known masked."""
-        task = EvaluateTask(window=fold.asked, ks=(10,), replicates=0, n_known_items=self.n_items, probes=fold.probes)
+        task = EvaluateTask(
+            window=fold.asked, ks=(10,), replicates=REPLICATES, n_known_items=self.n_items, probes=fold.probes
+        )
         seen = np.ones(self.n_items, np.float32)
         tally = self.pool.run(self.plan(task, config, params, {"popularity": seen}))
-        column = metric_names((10,)).index("ndcg@10")
-        return float(tally.sums["sum.all"][0, column] / tally.sums["weight.all"][0])
+        found = summarise(tally.sums, metric_names((10,)))["all"]["ndcg@10"]
+        return Found(found.value, ((found.high or 0.0) - (found.low or 0.0)) / 2)
 
     def upload_bytes(self, choice: Choice, people: int) -> tuple[float, int]:
         """Return mean and maximum of what a client sends for the statistic that is alone on its node.

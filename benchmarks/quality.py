@@ -89,7 +89,7 @@ def _ease(source: str, setting: Setting) -> list[Row]:
         print(f"{source}: EASE of {len(dataset.catalog):,} items is left out", file=sys.stderr)
         return []
     began = time.process_time()
-    value = ease(dataset, 500.0)
+    value = float(ease(dataset, 500.0).mean())
     name = f"{source}: EASE, centralised, lambda 500"
     return [Row(name, value, UNIT), Row(f"{name}, processor time", time.process_time() - began, "s")]
 

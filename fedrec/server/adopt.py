@@ -11,13 +11,13 @@ from fedrec.evaluation.metrics import private_norm
 from fedrec.models.blend import blended
 from fedrec.models.configs import AnyModelConfig, BlendConfig
 from fedrec.params import Params
-from fedrec.server.guard import Guard
 from fedrec.server.judge import Contender, judge, judge_privately
 from fedrec.server.state import ServerState
 from fedrec.server.work import Work
 
-SURE = 2.0
-"""A gain counts if it is more than so many standard deviations of the noise on it."""
+SURE = 3.0
+"""A gain counts if it is more than so many standard errors of the noise on it: the best of three weights that do not
+help passes with a probability of 0.4 % at most."""
 
 
 def release_of(state: ServerState, model: AnyModelConfig) -> Params:
@@ -68,8 +68,11 @@ def asked(work: Work, contenders: Mapping[str, Contender]) -> tuple[dict[str, fl
     else:
         verdict = judge_privately(recipe.guard, contenders, question, work.trusted, recipe, popularity)
     tried = {name: row["all"]["metrics"][f"ndcg@{ks[0]}"]["value"] for name, row in verdict["rows"].items()}
-    people = max((row["all"]["n"] for row in verdict["rows"].values()), default=0)
-    margin = 0.0 if recipe.guard is None else _margin(recipe.guard, ks, people)
+    people = min((row["all"]["n"] for row in verdict["rows"].values()), default=0)
+    margin = 0.0
+    if recipe.guard is not None:
+        noise = recipe.guard.mechanism(recipe.guard.settings.metrics_noise, private_norm(ks))
+        margin = sure_gain(noise.clip_norm * noise.noise_multiplier, people, max(tried.values(), default=0.0))
     return tried, margin, {part: state.overhead[part] + verdict.get(part, 0) for part in state.overhead}
 
 
@@ -89,7 +92,14 @@ def best(weights: tuple[float, ...], tried: Mapping[str, float], margin: float) 
     return float(top) if gains[top] > margin else 0.0
 
 
-def _margin(guard: Guard, ks: tuple[int, ...], people: int) -> float:
-    """Return what noise alone may put between two means, each noised on its own."""
-    mechanism = guard.mechanism(guard.settings.metrics_noise, private_norm(ks))
-    return SURE * math.sqrt(2.0) * mechanism.clip_norm * mechanism.noise_multiplier / max(1, people)
+def sure_gain(deviation: float, people: int, mean: float) -> float:
+    r"""Return `SURE` standard errors of the difference of two means, sum and number of people noised on their own.
+
+    .. math:: 3 \sqrt{2 (1 + m^2)} \; s / n
+
+    Args:
+        deviation: s, of the noise in a sum and in the number of people.
+        people: n, the fewest that any of the noised numbers says.
+        mean: m, the highest of the means.
+    """
+    return SURE * math.sqrt(2.0 * (1.0 + mean**2)) * deviation / max(1, people)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fedrec.models.configs import BlendConfig, SpectralConfig, TransformerConfig
 from fedrec.models.recommender import get_params
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.random import Key
-from fedrec.server.adopt import best
+from fedrec.server.adopt import best, sure_gain
 from fedrec.server.guard import planned
 from fedrec.server.registry import Registry
 from fedrec.server.run import LEDGER, cut
@@ -81,6 +82,27 @@ def test_a_gain_within_the_noise_is_none() -> None:
     assert best((0.0, 0.2, 1.0), tried, 0.02) == 0.2
     assert best((0.0, 0.2, 1.0), tried, 0.04) == 0.0
     assert best((0.0, 0.2, 1.0), {}, 0.0) == 0.0
+
+
+def test_a_fit_that_does_not_help_is_hardly_ever_adopted_and_one_that_does_is() -> None:
+    weights, n, deviation = (0.0, 0.1, 0.3, 1.0), 943, 10.0
+    draws = KEY.child("adoption").numpy().standard_normal((20_000, len(weights), 2)) * deviation
+
+    def adopted_share(gain: float) -> float:
+        """Return how often weight 0.3, which adds `gain` to a mean of .09, or another weight is taken."""
+        true = np.array([0.09, 0.09, 0.09 + gain, 0.09])
+        people = n + draws[:, :, 1]
+        means = np.clip((n * true + draws[:, :, 0]) / people, 0.0, 1.0)
+        taken = 0
+        for row, counted in zip(means, people, strict=True):
+            tried = {f"weight {weight:g}": float(mean) for weight, mean in zip(weights, row, strict=True)}
+            taken += best(weights, tried, sure_gain(deviation, round(counted.min()), row.max())) > 0
+        return taken / len(draws)
+
+    # The union bound of three normal tails beyond 3 standard errors is .41 % (beyond two it would be 6.8 %); 20,000 draws
+    # add three standard errors of .045 %.
+    assert adopted_share(0.0) < 0.0055
+    assert adopted_share(6 * math.sqrt(2) * deviation / n) > 0.99
 
 
 def test_validation_windows_lie_after_training_and_nothing_is_lost_between_slices() -> None:
