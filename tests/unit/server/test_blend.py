@@ -99,8 +99,8 @@ def test_a_fit_that_does_not_help_is_hardly_ever_adopted_and_one_that_does_is() 
             taken += best(weights, tried, sure_gain(deviation, round(counted.min()), row.max())) > 0
         return taken / len(draws)
 
-    # The union bound of three normal tails beyond 3 standard errors is .41 % (beyond two it would be 6.8 %); 20,000 draws
-    # add three standard errors of .045 %.
+    # The union bound of three normal tails beyond 3 standard errors is .41 % (beyond two it would be 6.8 %); 20,000
+    # draws add three standard errors of .045 %.
     assert adopted_share(0.0) < 0.0055
     assert adopted_share(6 * math.sqrt(2) * deviation / n) > 0.99
 
