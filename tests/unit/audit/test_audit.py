@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -19,7 +20,8 @@ from fedrec.client import pool
 from fedrec.config import Experiment
 from fedrec.data.sources import load_dataset
 from fedrec.errors import PrivacyError
-from fedrec.evaluation.audit_page import print_audit, render_audit, write_audit
+from fedrec.evaluation.audit_page import _epsilons, print_audit, render_audit, write_audit
+from fedrec.evaluation.plots import HALF
 from fedrec.params import scale
 from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.protocol.tally import Expectation
@@ -118,6 +120,20 @@ def test_the_page_stands_alone_and_says_what_the_document_says(
     assert "Not private: leaking" in render_audit(bare)
     assert "LEAKING" in render_audit(bare)
     assert render_audit(sound) == text
+
+
+def test_the_claim_is_named_beside_its_line_and_covers_nothing(sound: dict[str, Any]) -> None:
+    for claimed in (0.05, 2.0, 8.0):  # at the left end, among the bars, far beyond them
+        figure = Figure(figsize=HALF, layout="constrained")
+        ax = figure.subplots()
+        _epsilons(ax, {**sound, "claim": {**sound["claim"], "epsilon": claimed}})
+        figure.draw_without_rendering()
+        *labels, name = (text.get_window_extent() for text in ax.texts)
+        assert ax.texts[-1].get_text() == f"claimed: {claimed:g}"
+        assert name.y0 > ax.bbox.y1
+        assert figure.bbox.contains(name.x0, name.y0)
+        assert figure.bbox.contains(name.x1, name.y1)
+        assert not any(label.overlaps(name) for label in labels)
 
 
 def test_the_table_prints_claims_beside_findings(
