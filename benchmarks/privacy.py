@@ -1,7 +1,7 @@
 """Quality against epsilon: private statistics, private fits and both; user level, central mode, leave-one-out.
 
-``--only ml-100k`` or ``ml-1m`` measures one data set; ``--statistics`` leaves out fits and models without privacy.
-``python -m benchmarks.privacy_plot`` draws the curves from what both wrote.
+``--only ml-100k`` or ``ml-1m`` measures one data set; ``--part statistics``, ``fits`` or ``exact`` (no privacy) one part.
+``python -m benchmarks.privacy_plot`` draws the curves from what all parts wrote.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ UNIT = "NDCG@10"
 HALF = "half of the 95 % interval"
 
 
-def measure(quick: bool, names: Sequence[str] = DATASETS, fits: bool = True) -> list[Row]:
-    """Measure every budget on some data sets; without `fits` what is made of statistics alone."""
+def measure(quick: bool, names: Sequence[str], parts: Sequence[str]) -> list[Row]:
+    """Measure every budget on some data sets; a quick run the statistics of the first."""
     torch.set_num_threads(1)
     rows: list[Row] = []
     try:
@@ -52,12 +52,13 @@ def measure(quick: bool, names: Sequence[str] = DATASETS, fits: bool = True) -> 
             print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         bench = Bench(dataset)
-        rows += _private(name, bench, quick)
-        rows += _traffic(name, bench, quick)
-        if fits and not quick:
-            rows += _fits(name, bench)
-            rows += _exact(name, bench)
+        for part in ("statistics",) if quick else parts:
+            rows += PARTS[part](name, bench, quick)
     return rows
+
+
+def _statistics(name: str, bench: Bench, quick: bool) -> list[Row]:
+    return _private(name, bench, quick) + _traffic(name, bench, quick)
 
 
 def _private(name: str, bench: Bench, quick: bool) -> list[Row]:
@@ -103,7 +104,7 @@ def _traffic(name: str, bench: Bench, quick: bool) -> list[Row]:
     ]
 
 
-def _fits(name: str, bench: Bench) -> list[Row]:
+def _fits(name: str, bench: Bench, quick: bool) -> list[Row]:
     """Return what a private fit gives alone, and on top of the statistic as far as charged validation adopts it."""
     rows = []
     for place in progress(range(len(EPSILONS)), f"{name}, fits"):
@@ -118,7 +119,7 @@ def _fits(name: str, bench: Bench) -> list[Row]:
     return rows
 
 
-def _exact(name: str, bench: Bench) -> list[Row]:
+def _exact(name: str, bench: Bench, quick: bool) -> list[Row]:
     """Return the rows without privacy: intervals over people where nothing is drawn, else over seeds."""
     head, rows = f"{name}, no privacy", []
     certain = {
@@ -156,19 +157,23 @@ def _spread(head: str, what: str, scores: Sequence[float]) -> list[Row]:
     return [Row(f"{head}: {what}, {HALF} over {n} seeds", half, UNIT)]
 
 
+PARTS = {"statistics": _statistics, "fits": _fits, "exact": _exact}
+
+
 def main(argv: Sequence[str]) -> int:
     """Run what the arguments ask for."""
-    rest = [argument for argument in argv if argument != "--statistics"]
-    names: Sequence[str] = DATASETS
-    if "--only" in rest:
-        place = rest.index("--only")
-        names = rest[place + 1 : place + 2]
-        if not names or names[0] not in DATASETS:
-            print(f"--only takes one of {', '.join(DATASETS)}.", file=sys.stderr)
-            return 2
-        del rest[place : place + 2]
+    rest = list(argv)
+    chosen: dict[str, Sequence[str]] = {"--only": DATASETS, "--part": tuple(PARTS)}
+    for option, known in chosen.items():
+        if option in rest:
+            place = rest.index(option)
+            chosen[option] = rest[place + 1 : place + 2]
+            if not set(chosen[option]) & set(known):
+                print(f"{option} takes one of {', '.join(known)}.", file=sys.stderr)
+                return 2
+            del rest[place : place + 2]
     title = (__doc__ or "").split("\n")[0]
-    return run("privacy", title, lambda quick: measure(quick, names, "--statistics" not in argv), rest, argv)
+    return run("privacy", title, lambda quick: measure(quick, chosen["--only"], chosen["--part"]), rest, argv)
 
 
 if __name__ == "__main__":
