@@ -1,7 +1,7 @@
 """Quality against epsilon: private statistics, private fits and both; user level, central mode, leave-one-out.
 
-``--only ml-100k`` or ``ml-1m`` measures one data set; ``--part statistics``, ``fits`` or ``exact`` (no privacy) one part.
-``python -m benchmarks.privacy_plot`` draws the curves from what all parts wrote.
+``--only ml-100k`` or ``ml-1m`` measures one data set; ``--part statistics``, ``fits`` or ``exact`` (no privacy) one
+part. ``python -m benchmarks.privacy_plot`` draws the curves from what all parts wrote.
 """
 
 from __future__ import annotations

@@ -64,6 +64,9 @@ class SpectralConfig(_Settings):
     """How many eigenvectors of the statistic in feature space are kept."""
     item_power: float = Field(default=0.5, ge=0)
     """Power of the eigenvalues of the items' statistic in a score."""
+    item_shrink: float = Field(default=0.0, ge=0)
+    """How much the items' eigenvalues are lowered before the power, in standard deviations of the noise in one pair:
+    small ones are mostly noise."""
     feature_power: float = Field(default=0.5, ge=0)
     """The same for the feature space; more where noise is strong."""
     item_weight: float = Field(default=1.0, ge=0)
@@ -78,6 +81,9 @@ class SpectralConfig(_Settings):
     """Weight of each older interaction against the next."""
     feature_decay: float | None = Field(default=None, gt=0, le=1)
     """The same for the features' part; None: as `decay`."""
+    second_rank: int = Field(default=0, ge=0)
+    """Noised pairs are looked at twice: how many eigenvectors of the first estimate are the prior of the second; 0:
+    once."""
     caution: float = Field(default=0.8, ge=0, le=1)
     """What part of the noise's standard deviation is assumed when each noised pair is replaced by its posterior mean,
     given popularity and the public features; less keeps more of the pairs and of the noise, 0 leaves pairs alone."""

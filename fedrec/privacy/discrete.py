@@ -174,7 +174,10 @@ def effective_multiplier(sensitivity: float, total: float, part: float, n_parts:
 def client_noise(grid: Grid, noise_multiplier: float, fewest: int, most: int) -> ClientNoise:
     r"""Return the noise of each client, so that both parts of `fewest`, or the bases of `most`, are the charged noise.
 
-    .. math:: base^2 = V / most, \qquad base^2 + extra^2 = V / fewest .
+    .. math:: base^2 = V / most, \qquad base^2 + extra^2 = V / fewest, \qquad V = (z \Delta)^2 + 1 .
+
+    One unit of variance is added because a discrete Gaussian of the same parameter is, at some thresholds, less private
+    than the continuous one that the ledger charges: by some :math:`V^{-1}` in epsilon. With it, it never is.
 
     Args:
         grid: what contributions are rounded to; the multiplier is over its `sensitivity`, rounding included.
@@ -187,7 +190,7 @@ def client_noise(grid: Grid, noise_multiplier: float, fewest: int, most: int) ->
     """
     if noise_multiplier == 0:
         return ClientNoise(0.0, 0.0)
-    plain = total = noise_multiplier * grid.sensitivity
+    plain = total = math.hypot(noise_multiplier * grid.sensitivity, 1.0)
     while True:
         base, extra = total / math.sqrt(most), total * math.sqrt(max(0.0, 1 / fewest - 1 / most))
         part = min(base, extra) if most > fewest else base

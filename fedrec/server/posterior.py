@@ -11,6 +11,8 @@ from fedrec.params import Array
 
 AT_ONCE = 512
 """Rows computed together, in float64."""
+LEAST = 2e-3
+"""Least prior mean of a second look, in deviations of the noise."""
 
 
 def expected_pairs(
@@ -57,6 +59,31 @@ def expected_pairs(
         if carried is not None:
             prior = prior + np.maximum(carried[0][rows] @ carried[1], 0.0)
         found[rows] = posterior_mean(pairs[rows], deviation * caution, prior)
+    return found
+
+
+def second_look(
+    pairs: NDArray[np.float32], first: NDArray[np.float32], deviation: float, rank: int
+) -> NDArray[np.float32]:
+    """Return the posterior mean of every entry whose prior mean is what the leading part of a first estimate says.
+
+    The first estimate saw the same noise, so its small eigenvalues are left out of the prior.
+
+    Args:
+        pairs: [n, n] symmetric, noised.
+        first: [n, n] their first estimate.
+        deviation: standard deviation of the noise that is assumed in each entry.
+        rank: how many eigenvectors, of the largest eigenvalues, make the prior.
+    """
+    import torch
+
+    values, vectors = torch.linalg.eigh(torch.from_numpy(first))
+    lead = vectors[:, -rank:] * values[-rank:].clamp(min=0.0).sqrt()
+    found = np.empty_like(pairs)
+    for start in range(0, len(pairs), AT_ONCE):
+        rows = slice(start, start + AT_ONCE)
+        prior = (lead[rows] @ lead.T).clamp(min=LEAST * deviation).numpy()
+        found[rows] = posterior_mean(pairs[rows], deviation, prior)
     return found
 
 

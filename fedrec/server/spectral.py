@@ -11,7 +11,7 @@ from fedrec.errors import TallyRefused
 from fedrec.models.configs import SpectralConfig
 from fedrec.params import Array, Params
 from fedrec.protocol.triangle import packed, unpacked
-from fedrec.server.posterior import expected_pairs
+from fedrec.server.posterior import expected_pairs, second_look
 
 Features = NDArray[np.float32]
 _F32 = np.dtype(np.float32)
@@ -58,8 +58,10 @@ def spectral_params(
     if "items" in statistic and config.item_rank and n_items > 1:
         pairs = unpacked(statistic["items"], n_items)
         deviation = math.sqrt(float(statistic["variance"][0])) if "variance" in statistic else 0.0
-        pairs = expected_pairs(pairs, counts, deviation, features, small, config.caution)
-        rows = _rows(pairs, config.item_rank, config.item_power)
+        found = expected_pairs(pairs, counts, deviation, features, small, config.caution)
+        if config.second_rank and config.caution * deviation > 0:
+            found = second_look(pairs, found, config.caution * deviation, config.second_rank)
+        rows = _rows(found, config.item_rank, config.item_power, config.item_shrink * deviation)
     carried = np.zeros((n_items, config.feature_rank), np.float32)
     if small is not None and features is not None and config.feature_rank:
         carried = features @ _rows(small, config.feature_rank, config.feature_power)
@@ -104,16 +106,17 @@ def popularity(counts: Array) -> NDArray[np.float32]:
     return standard
 
 
-def _rows(square: NDArray[np.float32], rank: int, power: float) -> NDArray[np.float32]:
-    """Return [n, rank] eigenvectors of the largest positive eigenvalues, times ``(w / w_max)^(power / 2)``.
+def _rows(square: NDArray[np.float32], rank: int, power: float, lowered: float = 0.0) -> NDArray[np.float32]:
+    """Return [n, rank] eigenvectors of the largest eigenvalues, times ``(w / w_max)^(power / 2)``.
 
-    The power is halved, because a score multiplies two rows.
+    w are the eigenvalues less `lowered`, where that is positive (soft thresholding, the proximal map of the nuclear
+    norm: Cai, Candes and Shen, 2010). The power is halved, because a score multiplies two rows.
     """
     import torch
 
     values, vectors = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(square)))
     values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
-    positive = np.maximum(values, 0.0)
+    positive = np.maximum(values - np.float32(lowered), 0.0)
     share = positive / np.maximum(positive.max(initial=0.0), 1e-30)
     rows = np.zeros((len(square), rank), np.float32)
     rows[:, : len(values)] = vectors * np.where(positive > 0, share ** (power / 2), 0.0)

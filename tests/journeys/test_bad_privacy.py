@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fedrec.cli import app
 from fedrec.errors import FedrecError
-from tests.support import dataset_of, merged, small_document, small_rows, to_toml
+from tests.support import dataset_of, fedrec, merged, small_document, small_rows, to_toml
 
 CENTRAL: dict[str, Any] = {"mode": "central", "epsilon": 8.0, "delta": 1e-3, "metrics": "research"}
 MASKED: dict[str, Any] = {"mode": "distributed", "epsilon": 8.0, "delta": 1e-3, "metrics": "research"}
@@ -72,6 +72,27 @@ def test_a_release_that_passes_the_budget_stops_the_run_before_it_is_paid(tmp_pa
     assert type(done.exception).__name__ == "BudgetExhausted", done.output
     [ledger] = tmp_path.rglob("ledger.jsonl")
     assert len(ledger.read_text(encoding="utf-8").splitlines()) == 1  # the header: nothing was paid
+
+
+def test_a_run_whose_budget_is_spent_is_refused_again_when_it_is_resumed_and_sends_nothing(tmp_path: Path) -> None:
+    cohort = {"training": {"cohort": {"kind": "poisson", "expected": 8.0}}}
+    path = written(tmp_path, cohort, {"privacy": {**CENTRAL, "calibrate": False, "count": 0.5, "fit": 0.5}})
+    where = ("--out", tmp_path / "runs", "--registry", tmp_path / "registry")
+    first = fedrec("simulate", path, *where, root=tmp_path)
+    again = fedrec("simulate", path, *where, "--resume", root=tmp_path)
+    [ledger] = tmp_path.rglob("ledger.jsonl")
+    paid = ledger.read_bytes()
+    once_more = fedrec("simulate", path, *where, "--resume", root=tmp_path)
+    for result in (first, again, once_more):
+        assert result.returncode == 1
+        assert result.stdout == ""
+        [sentence] = [line for line in result.stderr.splitlines() if line.startswith("fedrec: ")]
+        assert "budget" in sentence
+        assert sentence.endswith(".")
+        assert "Traceback" not in result.stderr
+    # Whatever is sent is paid for first: a ledger that did not grow says that nothing was.
+    assert len(paid.splitlines()) > 1
+    assert ledger.read_bytes() == paid
 
 
 def test_a_delta_of_one_over_the_people_is_warned_about(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from fedrec.models.configs import SpectralConfig
 from fedrec.protocol.triangle import packed
 from fedrec.random import Key
-from fedrec.server.posterior import expected_pairs, posterior_mean
+from fedrec.server.posterior import expected_pairs, posterior_mean, second_look
 from fedrec.server.spectral import spectral_params
 
 KEY = Key.from_seed(11)
@@ -73,8 +73,21 @@ def test_means_are_nearer_to_the_truth_than_what_was_released() -> None:
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, counts, features, sketch = world(2)
     whole = expected_pairs(pairs, counts, DEVIATION, features, sketch)
+    again = second_look(pairs, whole, DEVIATION, 5)
     monkeypatch.setattr("fedrec.server.posterior.AT_ONCE", 7)
     np.testing.assert_allclose(expected_pairs(pairs, counts, DEVIATION, features, sketch), whole, rtol=1e-4)
+    np.testing.assert_allclose(second_look(pairs, whole, DEVIATION, 5), again, rtol=1e-3, atol=1e-4)
+
+
+def test_a_second_look_at_pairs_of_low_rank_is_nearer_to_the_truth() -> None:
+    tastes = KEY.child("tastes").numpy().gamma(0.3, 1.0, (N, 3))
+    pairs = (tastes @ tastes.T).astype(np.float32)
+    noised = pairs + symmetric_noise(N, "second")
+    first = expected_pairs(noised, pairs.sum(axis=1), DEVIATION)
+    second = second_look(noised, first, DEVIATION, 3)
+    assert np.square(second - pairs).mean() < 0.92 * np.square(first - pairs).mean()
+    assert (second >= 0).all()
+    assert np.isfinite(second_look(noised, np.zeros_like(noised), DEVIATION, 3)).all()
 
 
 def test_without_noise_pairs_stay_and_less_caution_keeps_more() -> None:
@@ -103,3 +116,12 @@ def test_model_takes_the_means_where_the_statistic_tells_its_noise() -> None:
     np.testing.assert_array_equal(rows[0], rows[1])
     np.testing.assert_array_equal(rows[1], rows[3])
     assert not np.allclose(np.abs(rows[2]), np.abs(rows[3]), atol=1e-3)
+
+
+def test_eigenvalues_are_lowered_by_so_many_deviations_and_small_ones_vanish() -> None:
+    square = np.diag(np.array([9.0, 4.0, 1.0], np.float32))
+    statistic = {"items": packed(square).astype(np.float32), "variance": np.full(1, 0.5**2, np.float32)}
+    config = SpectralConfig(item_rank=3, feature_rank=0, item_power=1.0, item_shrink=4.0, caution=0.0)
+    rows = spectral_params(statistic, np.ones(3, np.float32), config, None, 3)["items"]
+    # 9, 4 and 1 less 4 x 0.5, over the largest, to the power 1 / 2: a score multiplies two rows.
+    np.testing.assert_allclose(np.abs(rows), np.diag([1.0, np.sqrt(2 / 7), 0.0]), atol=1e-6)

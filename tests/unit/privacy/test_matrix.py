@@ -120,6 +120,50 @@ def optimum(n: int) -> float:
     return float(v.sum()) / n
 
 
+@pytest.mark.parametrize(
+    ("coefficients", "rounds", "separation", "participations", "sensitivity", "error"),
+    [
+        ((1.0, 0.5, 0.375), 20, 4, 5, 2.6368778887161235, 25.19189266874288),
+        ((1.0, -0.4, 0.3, 0.2), 17, 5, 4, 2.2427661492005804, 45.346301358635245),
+        ((1.0, 0.5, 0.375, 0.3125), 30, 64, 1, math.hypot(1, 1 / 2, 3 / 8, 5 / 16), None),
+    ],
+)
+def test_sensitivity_and_error_are_those_of_jax_privacy(
+    coefficients: tuple[float, ...],
+    rounds: int,
+    separation: int,
+    participations: int,
+    sensitivity: float,
+    error: float | None,
+) -> None:
+    # jax-privacy 2.0.0, matrix_factorization, in float64: toeplitz.minsep_sensitivity_squared and
+    # sensitivity.get_sensitivity_banded agree; error: the mean of toeplitz.per_query_error times the squared
+    # sensitivity. The last row is one participation: a Gaussian release of the length of the longest column.
+    strategy = BandedStrategy(coefficients, rounds, separation)
+    assert strategy.max_participations == participations
+    assert strategy.sensitivity == pytest.approx(sensitivity, rel=1e-12)
+    assert error is None or strategy.error == pytest.approx(error, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "band", "separation", "theirs"),
+    [
+        (50, 8, 8, 39.975620583926876),
+        (200, 4, 16, 370.12930499581836),
+        (200, 16, 16, 141.9741058344755),
+        (32, 32, 32, 3.853161427121909),
+        (100, 10, 25, 34.72749559430107),
+    ],
+)
+def test_the_optimum_is_no_worse_than_that_of_jax_privacy(
+    rounds: int, band: int, separation: int, theirs: float
+) -> None:
+    # jax-privacy 2.0.0: toeplitz.optimize_banded_toeplitz(rounds, band), which looks at one participation, judged by
+    # per_query_error and minsep_sensitivity_squared as above. Ours knows that late columns are cut off.
+    ours = optimised(rounds, band, separation).error
+    assert 0.99 * theirs < ours < theirs * (1 + 1e-6)
+
+
 def test_one_participation_comes_close_to_the_best_of_all_matrices() -> None:
     found, best = optimised(32, 32, 32).error, optimum(32)
     assert best * (1 - 1e-6) < found < 1.1 * best
