@@ -13,7 +13,7 @@ from benchmarks.private_statistics import Choice
 from fedrec.data.features import FeatureSettings
 from fedrec.models.configs import SpectralConfig
 
-SEEDS = {"ml-100k": (1, 2, 3, 4, 5), "ml-1m": (1, 2, 3)}
+SEEDS = {"ml-100k": tuple(range(1, 11)), "ml-1m": (1, 2, 3)}
 """Of the noise in statistics."""
 FIT_SEEDS = {"ml-100k": (1, 2, 3), "ml-1m": (1, 2)}
 """Of private fits, which take longer."""
@@ -30,8 +30,12 @@ def model(
     weights: tuple[float, float],
     decays: tuple[float, float],
     caution: float = 1.0,
+    second: tuple[int, float] = (0, 0.0),
 ) -> SpectralConfig:
-    """Return settings; `weights` are those of items (features have 1) and popularity, the rest is items first."""
+    """Return settings; `weights` are those of items (features have 1) and popularity, the rest is items first.
+
+    `second` is the rank of the second look's prior and by how much eigenvalues are lowered.
+    """
     return SpectralConfig(
         item_rank=items,
         feature_rank=features,
@@ -42,11 +46,14 @@ def model(
         decay=decays[0],
         feature_decay=decays[1],
         caution=caution,
+        second_rank=second[0],
+        item_shrink=second[1],
     )
 
 
 PUBLIC = FeatureSettings(encoder="wordllama", rank=1024, popularity=0.0)
 WAVES = FeatureSettings(encoder="wordllama", rank=256, popularity=0.75, spread=0.25)
+POPULAR = FeatureSettings(encoder="wordllama", rank=256, popularity=1.0, spread=0.25)
 SMOOTH = FeatureSettings(encoder="wordllama", rank=256, fourier=0, spread=0.25)
 CHOICES: dict[str, dict[float | None, Choice]] = {
     "ml-1m": {
@@ -58,8 +65,8 @@ CHOICES: dict[str, dict[float | None, Choice]] = {
     },
     "ml-100k": {
         None: Choice((0.78, 0.17, 0.05), model(160, 256, (0.5, 0.5), (1.5, 0.3), (0.8, 0.8)), WAVES),
-        8.0: Choice((0.72, 0.23, 0.05), model(150, 256, (0.5, 0.5), (1.0, 0.6), (0.8, 0.8)), WAVES),
-        4.0: Choice((0.6, 0.32, 0.08), model(150, 256, (0.5, 0.5), (1.0, 0.6), (0.8, 0.8)), SMOOTH),
+        8.0: Choice((0.72, 0.23, 0.05), model(200, 256, (0.3, 0.5), (1.0, 0.6), (0.8, 0.8), 1.0, (45, 8.0)), POPULAR),
+        4.0: Choice((0.6, 0.32, 0.08), model(200, 256, (0.3, 0.5), (1.0, 0.6), (0.8, 0.8), 1.0, (30, 4.0)), SMOOTH),
         2.0: Choice((0.5, 0.35, 0.15), model(150, 256, (0.35, 0.5), (0.6, 0.6), (0.9, 0.8)), SMOOTH),
         1.0: Choice((0.0, 0.7, 0.3), model(0, 256, (0.5, 0.5), (1.0, 0.8), (0.8, 0.8)), SMOOTH),
     },
