@@ -183,6 +183,9 @@ def recommend(
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="How many items.")] = 10,
     student: Annotated[bool, typer.Option("--student", help="Ask the release's small student for devices.")] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Say what each score is made of.")] = False,
+    moment: Annotated[
+        list[str] | None, typer.Option("--moment", help="hour=21, weekday=5, device=tv or place=home; repeatable.")
+    ] = None,
     registry: RegistryOption = Path("runs/registry"),
     as_json: JsonOption = False,
 ) -> None:
@@ -193,7 +196,7 @@ def recommend(
 
     loaded = Registry(registry).load(int(release) if release.isdecimal() else release)
     ids = [item.strip() for item in history.split(",") if item.strip()]
-    found = serve(loaded, ids, k, student, why=explain)
+    found = serve(loaded, ids, k, student, why=explain, moment=_moment(moment or []))
     document: dict[str, Any] = {
         "release": loaded.version,
         "student": student,
@@ -343,6 +346,17 @@ def export(
         f"{found.path}: {found.kind} of release {found.release}, {found.bytes:,} bytes "
         f"({found.bytes / found.release_bytes:.0%} of the release), shares {found.overlap:.0%} of its top 10"
     )
+
+
+def _moment(words: list[str]) -> dict[str, Any]:
+    """Return the moment that the command line tells."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not value:
+            raise FedrecError(f"--moment takes a name and a value, for example hour=21, not '{word}'.")
+        found[key] = int(value) if key in ("hour", "weekday", "time") and value.isdecimal() else value
+    return found
 
 
 def _expected(experiment: Experiment) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedrec.client.vectorised import train_batched
-from fedrec.data.batches import Cohort, histories
+from fedrec.data.batches import Cohort, histories, moments_at
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.slices import TimeWindow, resolve
 from fedrec.errors import ProtocolError
@@ -57,9 +57,9 @@ def evaluate(plan: RoundPlan, task: EvaluateTask, cohort: Cohort, catalog: ItemC
         if task.new_since is not None:
             back = _did_before(people, task.new_since)[owner]
         if task.personalise is None:
-            scores = _scores(model, context, buffer[: len(asked)])
+            scores = _scores(model, context, asked, buffer[: len(asked)])
         else:
-            scores = _own_scores(model, people, context, owner, task.personalise, plan.key.child("local-only"))
+            scores = _own_scores(model, people, context, asked, owner, task.personalise, plan.key.child("local-only"))
         metrics = evaluate_people(
             scores,
             item_lists(asked, out, gone),
@@ -124,18 +124,29 @@ def item_lists(cohort: Cohort, low: NDArray[np.int64], high: NDArray[np.int64]) 
     return ItemLists(offsets, cohort.log.item[rows].astype(np.int64))
 
 
-def _scores(model: Recommender, cohort: Cohort, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    return score_all(model, histories(cohort, cohort.low, model.spec), out)
+def _scores(
+    model: Recommender, known: Cohort, asked: Cohort, out: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Return scores given what lies before `known.low`, in the moment of the first interaction that is asked for."""
+    context = model.spec.context
+    moments = None if context is None else moments_at(asked, asked.low[:, None], context)[:, 0]
+    return score_all(model, histories(known, known.low, model.spec), out, moments)
 
 
 def _own_scores(
-    model: Recommender, people: Cohort, asked: Cohort, owner: NDArray[np.int64], fit: FitTask, key: Key
+    model: Recommender,
+    people: Cohort,
+    known: Cohort,
+    asked: Cohort,
+    owner: NDArray[np.int64],
+    fit: FitTask,
+    key: Key,
 ) -> NDArray[np.float32]:
     """Return the scores of models that each person trained alone, on their own interactions in the fit's window."""
     shared = {name: value.detach().clone() for name, value in model.named_parameters()}
     low, high = resolve(people.log, fit.window, people.users)
     training = replace(people, low=low, high=high)
-    scores = _scores(model, asked)  # somebody without anything to train on keeps the model as it came
+    scores = _scores(model, known, asked)  # somebody without anything to train on keeps the model as it came
     able = np.flatnonzero(high > low)
     for start in range(0, len(able), PERSONAL_BLOCK):
         places = able[start : start + PERSONAL_BLOCK]
@@ -143,6 +154,6 @@ def _own_scores(
         for i, place in enumerate(places):
             set_params(model, {name: value.numpy() for name, value in trained.client_params(shared, i).items()})
             rows = np.flatnonzero(owner == place)
-            scores[rows] = _scores(model, asked.take(rows))
+            scores[rows] = _scores(model, known.take(rows), asked.take(rows))
         set_params(model, {name: value.numpy() for name, value in shared.items()})
     return scores

@@ -57,7 +57,13 @@ def windows_of(person: Cohort, length: int) -> Cohort:
     log = person.log
     numbers = np.arange(len(offsets) - 1, dtype=np.int64)
     own = InteractionLog(
-        offsets, log.item[taken], log.time[taken], log.event[taken], log.value[taken], ("",) * len(numbers)
+        offsets,
+        log.item[taken],
+        log.time[taken],
+        log.event[taken],
+        log.value[taken],
+        ("",) * len(numbers),
+        log.event_kinds,
     )
     return Cohort(own, numbers, numbers, np.zeros_like(numbers), np.diff(offsets))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from fedrec.client.store import Retention, Store
 from fedrec.clock import system_clock
 from fedrec.errors import ConfigError, PlanRefused, ProtocolError, StoreError
 from fedrec.models import portable
+from fedrec.models.configs import moment_of
 from fedrec.protocol.signing import DeviceRelease, verify
 
 if TYPE_CHECKING:
@@ -158,7 +159,12 @@ class Device:
         return self.store.record(item, event, value, time)
 
     def recommend(
-        self, k: int = 10, exclude: Collection[str] = (), context: Sequence[str] = (), known: bool = False
+        self,
+        k: int = 10,
+        exclude: Collection[str] = (),
+        context: Sequence[str] = (),
+        known: bool = False,
+        moment: Mapping[str, Any] | None = None,
     ) -> list[Recommendation]:
         """Return the k items with the highest scores, best first. Nothing leaves the device.
 
@@ -167,16 +173,18 @@ class Device:
             exclude: ids that are not to be recommended.
             context: ids that the person looks at now; they count as the newest of the history and are not recorded.
             known: recommend also what the person has already.
+            moment: "hour" (0 to 23, UTC), "weekday" (0 is Monday), "device" and "place" of the request, as far as known
+                and as the model tells them apart; or "time", in seconds since 1970 UTC.
 
         Raises:
-            ConfigError: the device has no release yet, or k is below 1.
+            ConfigError: the device has no release yet, k is below 1, or the model knows no such moment.
             UnknownItem: an id in `context` is not in the catalogue.
         """
         if k < 1:
             raise ConfigError(f"Cannot recommend {k} items; ask for at least one.")
         release = self.release
         history = self._numbers(release) + release.catalog.numbers(context)
-        scores = self._scores(release, history)
+        scores = self._scores(release, history, moment)
         number_of = release.catalog.number_of
         out = {number_of[item] for item in exclude if item in number_of} | (set() if known else set(history))
         scores[[one for one in out if one < len(scores)]] = -np.inf
@@ -389,7 +397,10 @@ class Device:
         number_of = release.catalog.number_of
         return [number_of[one.item] for one in self.store.history() if one.item in number_of]
 
-    def _scores(self, release: DeviceRelease, history: list[int]) -> NDArray[np.float32]:
+    def _scores(
+        self, release: DeviceRelease, history: list[int], moment: Mapping[str, Any] | None = None
+    ) -> NDArray[np.float32]:
         """Return [n_known] scores; items that the model does not know take no part in the history."""
         known = [one for one in history if one < release.n_known]
-        return np.array(portable.score(release.model, release.params, known), np.float32)
+        at = moment_of(release.model, moment)
+        return np.array(portable.score(release.model, release.params, known, at), np.float32)

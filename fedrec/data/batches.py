@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedrec.data.context import ContextConfig, split
 from fedrec.data.log import InteractionLog
 from fedrec.random import Key, bits_of, uniforms_of
 
@@ -43,6 +44,7 @@ class Batch(NamedTuple):
         seeds: [b] integers that seed the dropout of each person.
         events: [b, T] which of the spec's kinds each target is, -1 for another; [b, 0] if nobody asked.
         values: [b, T] value of each target, NaN where it has none; [b, 0] if nobody asked.
+        moments: [b, T, m] what is known of the moment of each target; [b, 0, 0] if nobody asked.
     """
 
     inputs: Any
@@ -54,6 +56,7 @@ class Batch(NamedTuple):
     seeds: Any
     events: Any = np.zeros((0, 0), np.int64)
     values: Any = np.zeros((0, 0), np.float32)
+    moments: Any = np.zeros((0, 0, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class BatchSpec:
         targets: for "pairs", how many targets.
         negatives: how many uniform negatives; None: the whole catalogue.
         kinds: names of events that targets are told apart by, and a wish for their values; None: neither is needed.
+        context: what is told apart of the moment of a target; None: nothing.
     """
 
     kind: Literal["causal", "pairs"]
@@ -75,6 +79,7 @@ class BatchSpec:
     targets: int = 0
     negatives: int | None = 0
     kinds: tuple[str, ...] | None = None
+    context: ContextConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,9 @@ def _causal_batch(
         since = np.where(since < cohort.low[:, None], NEVER, since)
     # What comes after the stretch must not show in the batch, not even as a number.
     since = np.where(since < end[:, None], since - start[:, None], NEVER)
-    return Batch(*_causal(cohort, start, end), negatives, since, seeds, *_told(cohort, start, end, spec.kinds))
+    told = _told(cohort, start, end, spec.kinds)
+    moments = _moments(cohort, start, end, spec.context)
+    return Batch(*_causal(cohort, start, end), negatives, since, seeds, *told, moments)
 
 
 def _window(cohort: Cohort, spec: BatchSpec, key: Key) -> tuple[Ints, Ints]:
@@ -184,9 +191,26 @@ def _told(cohort: Cohort, start: Ints, end: Ints, kinds: tuple[str, ...] | None)
     place = start[:, None] + np.arange(int((end - start).max(initial=1)))
     valid = place < end[:, None]
     rows = np.where(valid, log.offsets[cohort.users][:, None] + place, 0)
-    number = np.array([kinds.index(kind) if kind in kinds else -1 for kind in log.event_kinds], np.int64)
+    events = [split(kind)[0] for kind in log.event_kinds]
+    number = np.array([kinds.index(kind) if kind in kinds else -1 for kind in events], np.int64)
     events = np.where(valid, number[log.event[rows]], -1)
     return events, np.where(valid, log.value[rows], np.nan).astype(np.float32)
+
+
+def _moments(cohort: Cohort, start: Ints, end: Ints, context: ContextConfig | None) -> NDArray[np.float32]:
+    """Return [c, T, m] the moments of the targets of `_causal`, zeros for padding; or nothing."""
+    if context is None:
+        return np.zeros((len(cohort), 0, 0), np.float32)
+    place = start[:, None] + np.arange(int((end - start).max(initial=1)))
+    return moments_at(cohort, place, context) * (place < end[:, None])[..., None]
+
+
+def moments_at(cohort: Cohort, place: Ints, context: ContextConfig) -> NDArray[np.float32]:
+    """Return the moments of the interactions at these places of each history; any for places past its end."""
+    log = cohort.log
+    most = np.maximum(log.counts[cohort.users] - 1, 0)
+    rows = log.offsets[cohort.users][:, None] + np.minimum(place, most[:, None])
+    return context.moments(np.asarray(log.time)[rows], np.asarray(log.event)[rows], log.event_kinds)
 
 
 def _pairs(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedrec.data.context import ContextConfig
 from fedrec.data.features import FeatureSettings
+from fedrec.errors import ConfigError
 
 
 class _Settings(BaseModel):
@@ -133,6 +138,8 @@ class SequenceConfig(_Settings):
     """The training loss."""
     tasks: TasksConfig | None = None
     """What else is predicted; None: the next item alone."""
+    context: ContextConfig | None = None
+    """What of the moment of a request counts; None: the history alone."""
 
 
 class _Attention(SequenceConfig):
@@ -250,6 +257,12 @@ class BlendConfig(_Settings):
     weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
     """Weights of the fitted scores that validation tries beside 0, the prior alone; both have spread 1."""
 
+    @model_validator(mode="after")
+    def _without_moments(self) -> BlendConfig:
+        if isinstance(self.fitted, TransformerConfig) and self.fitted.context is not None:
+            raise ValueError("a blend does not know the moment of a request; leave fitted.context out")
+        return self
+
 
 AnySequenceConfig = (
     TransformerConfig | TextTransformerConfig | GruConfig | NcfConfig | MachineConfig | LightGcnConfig | LanguageConfig
@@ -262,3 +275,17 @@ TrainedConfig = Annotated[
     SpectralConfig | FactorisationConfig | NearestConfig | BlendConfig | AnySequenceConfig, Field(discriminator="kind")
 ]
 """Models that an experiment may release; popularity comes from counts and is always a row beside them."""
+
+
+def moment_of(config: AnyModelConfig, what: Mapping[str, Any] | None) -> NDArray[np.float32] | None:
+    """Return the numbers of a request's moment, as the model's context reads it; None where nothing is said of it.
+
+    Raises:
+        ConfigError: the model does not look at moments, or knows no such thing.
+    """
+    if not what:
+        return None
+    context = config.context if isinstance(config, SequenceConfig) else None
+    if context is None:
+        raise ConfigError("This model does not look at the moment of a request; train it with a table [model.context].")
+    return context.moment(what)

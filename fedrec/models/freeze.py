@@ -8,9 +8,9 @@ from fedrec.models.configs import AnyModelConfig, LanguageConfig, NearestConfig,
 
 PUBLIC = "text"
 """The table of public item vectors: never trained, and filled in by the server as items join."""
-_SMALL = frozenset({"residual", "start"})
+_SMALL = frozenset({"residual", "start", "moment"})
 _SMALL_ENDS = (".down", ".up", ".bias", ".recency", "norm.weight", "norm1.weight", "norm2.weight")
-_HEAD = frozenset({"residual", "mix", "norm.weight", "norm.bias"})
+_HEAD = frozenset({"residual", "mix", "moment", "norm.weight", "norm.bias"})
 
 
 def trains(config: AnyModelConfig, name: str) -> bool:

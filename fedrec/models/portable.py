@@ -58,6 +58,7 @@ def expected_shapes(config: AnyModelConfig, n_items: int) -> dict[str, tuple[int
     if isinstance(config, LanguageConfig):
         raise ProtocolError(NOT_HERE)
     heads = _head_shapes(config.tasks, config.dim) if config.tasks else {}
+    heads |= {"moment": (config.dim, config.context.width)} if config.context else {}
     if isinstance(config, TextTransformerConfig):
         return _text_shapes(config, n_items) | heads
     if isinstance(config, TransformerConfig):
@@ -147,8 +148,11 @@ def check_params(config: AnyModelConfig, n_items: int, params: Params) -> None:
             raise ProtocolError(f"'{name}' holds a NaN or an infinity.")
 
 
-def score(config: AnyModelConfig, params: Params, history: Sequence[int]) -> Floats:
-    """Return [n_items] scores of the whole catalogue for one history of item numbers, oldest first."""
+def score(config: AnyModelConfig, params: Params, history: Sequence[int], moment: Floats | None = None) -> Floats:
+    """Return [n_items] scores of the whole catalogue for one history of item numbers, oldest first.
+
+    `moment` [m] is what is known of the request, as the model's context says; None: nothing.
+    """
     if isinstance(config, PopularityConfig):
         return np.asarray(params["counts"], np.float32)
     if isinstance(config, SpectralConfig):
@@ -168,6 +172,8 @@ def score(config: AnyModelConfig, params: Params, history: Sequence[int]) -> Flo
     if isinstance(config, TextTransformerConfig):
         config, params = merged(config, params)
     user = _user(config, params, history)
+    if moment is not None and "moment" in params:
+        user = user + params["moment"] @ moment
     if isinstance(config, NcfConfig):
         inner = params["thing"] @ params["item"].T + _linear(params, "person", user[None])[0][:, None]
         return np.asarray((user * params["gate"]) @ params["item"].T + (params["out"] @ np.maximum(inner, 0.0))[0])

@@ -72,6 +72,10 @@ class Recommender(nn.Module, ABC):
     ) -> Float[Tensor, "b n"] | Float[Tensor, "b k"]:
         """Return each person's score of the given items, or of the whole catalogue."""
 
+    def at(self, users: Float[Tensor, "b d"], moments: Float[Tensor, "b m"]) -> Float[Tensor, "b d"]:
+        """Return the user vectors as they are in these moments; most models know no moments."""
+        return users
+
     def states(self, items: Int[Tensor, "b l"], places: Int[Tensor, "b p"]) -> Float[Tensor, "b p d"]:
         """Return the user vectors of histories without gaps as they were before some of their places.
 
@@ -186,17 +190,26 @@ def to_torch(batch: Batch) -> Batch:
 
 
 @torch.no_grad()
-def score_all(model: Recommender, histories: Histories, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+def score_all(
+    model: Recommender,
+    histories: Histories,
+    out: NDArray[np.float32] | None = None,
+    moments: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
     """Return [b, n_items] scores of the whole catalogue for b histories.
 
     Args:
         model: the recommender.
         histories: b of them.
         out: [b, n_items] to write into, for callers that score often: fresh memory costs more than the scores.
+        moments: [b, m] what is known of the moment of each request, as the model's context says; None: nothing.
     """
     items, mask = (torch.from_numpy(np.ascontiguousarray(part)) for part in histories)
     scores = np.empty((len(items), model.n_items), np.float32) if out is None else out
     for start in range(0, len(items), SCORED):
         part = slice(start, start + SCORED)
-        model.score_into(model.encode(items[part], mask[part]), torch.from_numpy(scores[part]))
+        users = model.encode(items[part], mask[part])
+        if moments is not None:
+            users = model.at(users, torch.from_numpy(moments[part]))
+        model.score_into(users, torch.from_numpy(scores[part]))
     return scores

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedrec.data.batches import START, Batch, BatchSpec
 from fedrec.models.configs import AnySequenceConfig, SampledSoftmax
-from fedrec.models.layers import normal, normal_rows, rows
+from fedrec.models.layers import normal, normal_rows, product, rows
 from fedrec.models.losses import imitation, lookahead, sampled_softmax
 from fedrec.models.recommender import Recommender, Taught, copy_grown
 from fedrec.models.tasks import Heads
@@ -66,7 +66,9 @@ class NextItem(Recommender):
         self.gathers = isinstance(config.softmax, SampledSoftmax)
         negatives = config.softmax.negatives if isinstance(config.softmax, SampledSoftmax) else None
         kinds = config.tasks.events if config.tasks else None
-        self.spec = BatchSpec("causal", config.length, config.windows, negatives=negatives, kinds=kinds)
+        self.spec = BatchSpec("causal", config.length, config.windows, 0, negatives, kinds, config.context)
+        if config.context:  # multiplied by ones and zeros; nothing at first, so that no moment counts yet
+            self.moment = nn.Parameter(torch.zeros(config.dim, config.context.width))
         if config.tasks:
             self.heads = Heads(config.tasks, config.dim, key.child("heads"))
         self.make_items(key)
@@ -118,6 +120,14 @@ class NextItem(Recommender):
         newest = mask.sum(-1).clamp(min=1) - 1
         return self.hidden(items)[torch.arange(len(items)), newest]
 
+    def at(self, users: Float[Tensor, "b d"], moments: Float[Tensor, "b m"]) -> Float[Tensor, "b d"]:
+        """Return the states moved by what is known of each request: ``h + C m``."""
+        return self._moved(users[:, None], moments[:, None])[:, 0] if self.settings.context else users
+
+    def _moved(self, states: Float[Tensor, "b t e"], moments: Float[Tensor, "b t m"]) -> Float[Tensor, "b t e"]:
+        moved: Tensor = product(moments, self.moment)
+        return states + F.pad(moved, (0, states.shape[-1] - moved.shape[-1]))
+
     def states(self, items: Int[Tensor, "b l"], places: Int[Tensor, "b p"]) -> Float[Tensor, "b p d"]:
         """Return the states after some places, all in one pass where the histories fit into the model."""
         if items.shape[1] >= self.settings.length:
@@ -162,6 +172,7 @@ class NextItem(Recommender):
             numbers.append(batch.inputs.clamp(min=0))
         targets, *rest = self.vectors(torch.cat(numbers, 1)).split_with_sizes([part.shape[1] for part in numbers], 1)
         states = self.hidden(batch.inputs, seeds, None if self.reads_apart else rest[-1])  # [b t d]
+        states = self._moved(states, batch.moments) if c.context else states
         # The target after next, and so on: shifted products, zero past the end.
         shifts = range(min(c.horizon, n))
         logits = torch.stack([F.pad(self.match_each(states[:, : n - j], targets[:, j:]), (0, j)) for j in shifts], -1)

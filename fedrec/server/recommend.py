@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from fedrec.data.batches import histories_of
 from fedrec.errors import RegistryError
 from fedrec.models.build import restore
-from fedrec.models.configs import AnyModelConfig, ModelConfig
+from fedrec.models.configs import AnyModelConfig, ModelConfig, moment_of
 from fedrec.models.explain import Explanation, explain
 from fedrec.models.recommender import score_all
 from fedrec.server.release import Release
@@ -66,7 +66,12 @@ class Recommending:
         self._model = restore(self._config, release.manifest.n_items, params)
 
     def recommend(
-        self, history: Sequence[str], k: int, exclude: Sequence[str] = (), why: bool = False
+        self,
+        history: Sequence[str],
+        k: int,
+        exclude: Sequence[str] = (),
+        why: bool = False,
+        moment: Mapping[str, Any] | None = None,
     ) -> Recommendations:
         """Return the k best items that are neither in the history nor excluded.
 
@@ -75,13 +80,17 @@ class Recommending:
             k: how many items.
             exclude: further item ids that are not wanted.
             why: also say what each item of the history adds to each score.
+            moment: of the request, as `ContextConfig.moment` reads it; None: nothing is known of it.
 
         Raises:
             UnknownItem: the release's catalogue does not hold an id.
+            ConfigError: the model knows no such moment.
         """
         catalog = self.release.catalog
         numbers, unwanted = catalog.numbers(history), catalog.numbers(exclude)
-        scores = score_all(self._model, histories_of([numbers], self._model.spec))[0]
+        at = moment_of(self._config, moment)
+        moments = None if at is None else at[None]
+        scores = score_all(self._model, histories_of([numbers], self._model.spec), moments=moments)[0]
         scores[numbers] = scores[unwanted] = -np.inf
         best = [int(i) for i in np.argsort(-scores, kind="stable")[:k] if np.isfinite(scores[i])]
         told: list[Explanation | None] = [None] * len(best)
@@ -97,7 +106,12 @@ class Recommending:
 
 
 def recommend(
-    release: Release, history: Sequence[str], k: int, student: bool = False, why: bool = False
+    release: Release,
+    history: Sequence[str],
+    k: int,
+    student: bool = False,
+    why: bool = False,
+    moment: Mapping[str, Any] | None = None,
 ) -> Recommendations:
     """Ask a release once; arguments and errors as those of `Recommending`."""
-    return Recommending(release, student).recommend(history, k, why=why)
+    return Recommending(release, student).recommend(history, k, why=why, moment=moment)

@@ -35,7 +35,7 @@ from fedrec.server.publish import privacy
 from fedrec.server.registry import Registry
 from fedrec.server.round import Recipe, take_census
 from fedrec.server.signed import SignedLink
-from fedrec.server.start import carried, public_vectors, source_of
+from fedrec.server.start import carried, check_context, public_vectors, source_of
 from fedrec.server.state import ServerState
 from fedrec.server.student import check_student
 from fedrec.server.teach import check_distil
@@ -148,6 +148,7 @@ def check(experiment: Experiment, dataset: Dataset) -> None:
     metric_names(experiment.evaluation.ks)
     build(experiment.model, 1, ServerState.root_key(experiment))
     _check_statistics(experiment, dataset)
+    check_context(experiment, dataset)
     check_distil(experiment)
     check_drift(experiment)
     check_tiers(experiment)

@@ -9,10 +9,18 @@ from pydantic import TypeAdapter
 
 from fedrec.config import Experiment
 from fedrec.data.catalog import ItemCatalog
+from fedrec.data.cleaning import Dataset
 from fedrec.data.features import Matrix, item_features
 from fedrec.errors import ConfigError
 from fedrec.models.build import MODELS
-from fedrec.models.configs import AnyModelConfig, LanguageConfig, ModelConfig, NearestConfig, TextTransformerConfig
+from fedrec.models.configs import (
+    AnyModelConfig,
+    LanguageConfig,
+    ModelConfig,
+    NearestConfig,
+    SequenceConfig,
+    TextTransformerConfig,
+)
 from fedrec.models.portable import expected_shapes
 from fedrec.params import Array
 from fedrec.server.registry import Registry
@@ -47,6 +55,21 @@ def source_of(experiment: Experiment) -> Release | None:
         name = (odd or sorted(had.keys() - wanted.keys()))[0]
         raise ConfigError(f"[start]: '{name}' of the release does not fit this model; give both the same sizes.")
     return release
+
+
+def check_context(experiment: Experiment, dataset: Dataset) -> None:
+    """Refuse a model that looks at times of day where only the order of interactions is known.
+
+    Raises:
+        ConfigError: it does.
+    """
+    model = experiment.model
+    context = model.context if isinstance(model, SequenceConfig) else None
+    if context is not None and context.timed and dataset.provenance.get("time_unit") in ("order", "blocks"):
+        raise ConfigError(
+            f"'{experiment.data.source}' knows no times of day, only the order of interactions; set "
+            "model.context.hours to 0 and weekdays to false."
+        )
 
 
 def carried(release: Release) -> dict[str, Array]:
