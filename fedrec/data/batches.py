@@ -141,7 +141,8 @@ def draw_steps(
     seeds = (bits_of([key.child("dropout") for key in keys], ids, 1)[..., 0] >> np.uint64(33)).astype(np.int64)
     if spec.kind == "pairs":
         never = np.full_like(negatives[0], NEVER)
-        pairs, told = _pairs(cohorts, spec, keys), (np.zeros((c, 0), np.int64), np.zeros((c, 0), np.float32))
+        pairs = _pairs(cohorts, spec, keys)
+        told = (np.zeros((c, 0), np.int64), np.zeros((c, 0), np.float32), np.zeros((c, 0, 0), np.float32))
         return [Batch(*pair, own, never, seed, *told) for pair, own, seed in zip(pairs, negatives, seeds, strict=True)]
     return [
         _causal_batch(*each, whole_history)
