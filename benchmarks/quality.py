@@ -154,7 +154,8 @@ def _typed(known: argparse.Namespace, rest: list[str]) -> list[str]:
     """Return the arguments for the record, without folders of this machine."""
     chosen = [text for part in known.part for text in ("--part", part)]
     chosen += [text for only in known.only for text in ("--only", only)]
-    return [*chosen, *(["--seeds", str(known.seeds)] if known.seeds > 1 else []), *rest]
+    quick = [word for word in rest if word == "--quick"]
+    return [*chosen, *(["--seeds", str(known.seeds)] if known.seeds > 1 else []), *quick]
 
 
 if __name__ == "__main__":

@@ -192,8 +192,8 @@ def _told(cohort: Cohort, start: Ints, end: Ints, kinds: tuple[str, ...] | None)
     place = start[:, None] + np.arange(int((end - start).max(initial=1)))
     valid = place < end[:, None]
     rows = np.where(valid, log.offsets[cohort.users][:, None] + place, 0)
-    events = [split(kind)[0] for kind in log.event_kinds]
-    number = np.array([kinds.index(kind) if kind in kinds else -1 for kind in events], np.int64)
+    bare = [split(kind)[0] for kind in log.event_kinds]
+    number = np.array([kinds.index(kind) if kind in kinds else -1 for kind in bare], np.int64)
     events = np.where(valid, number[log.event[rows]], -1)
     return events, np.where(valid, log.value[rows], np.nan).astype(np.float32)
 

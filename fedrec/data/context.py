@@ -120,4 +120,4 @@ def _place(name: Any, names: tuple[str, ...]) -> int:
 
 def _ones(number: NDArray[Any], n: int) -> NDArray[np.float32]:
     """Return [*shape, n] ones at these numbers; none for -1."""
-    return (number[..., None] == np.arange(n)).astype(np.float32)
+    return np.asarray(number[..., None] == np.arange(n), np.float32)

@@ -167,13 +167,11 @@ def score(config: AnyModelConfig, params: Params, history: Sequence[int], moment
         return blended
     if isinstance(config, NearestConfig):
         return _nearest(config, params, history)
-    if isinstance(config, LanguageConfig):
-        raise ProtocolError(NOT_HERE)
     if isinstance(config, TextTransformerConfig):
         config, params = merged(config, params)
     user = _user(config, params, history)
     if moment is not None and "moment" in params:
-        user = user + params["moment"] @ moment
+        user = np.asarray(user + params["moment"] @ moment, np.float32)
     if isinstance(config, NcfConfig):
         inner = params["thing"] @ params["item"].T + _linear(params, "person", user[None])[0][:, None]
         return np.asarray((user * params["gate"]) @ params["item"].T + (params["out"] @ np.maximum(inner, 0.0))[0])
@@ -190,6 +188,8 @@ def _user(config: FactorisationConfig | AnySequenceConfig, params: Params, histo
     """Return the vector whose products with the item vectors are the scores, or most of them."""
     if isinstance(config, FactorisationConfig):
         return _factorised(config, params, history)
+    if isinstance(config, LanguageConfig):
+        raise ProtocolError(NOT_HERE)
     items, x = _read(config, params, history)
     if isinstance(config, GruConfig):
         return _recurrent(config, params, x)
