@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -112,6 +112,20 @@ def blended(prior: Params, fitted: Params, weight: float) -> dict[str, Array]:
         **{f"fitted.{name}": value for name, value in fitted.items()},
         "weight": np.array([weight], np.float32),
         "spread": (centred.T @ centred / np.float32(max(1, len(item)))).astype(np.float32),
+    }
+
+
+def mixed(prior: Params, mix: Sequence[float]) -> dict[str, Array]:
+    """Return the prior with its weights of items, features and popularity multiplied.
+
+    A part's scores are divided by their spread, so a spread that is said to be smaller is a larger weight.
+    """
+    items, features, popularity = (np.float32(factor) for factor in mix)
+    return {
+        **prior,
+        "item_spread": prior["item_spread"] / items**2,
+        "feature_spread": prior["feature_spread"] / features**2,
+        "popularity": prior["popularity"] * popularity,
     }
 
 

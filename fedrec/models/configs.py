@@ -241,6 +241,9 @@ class NearestConfig(_Settings):
     """Weight of each older interaction against the next."""
 
 
+Positive = Annotated[float, Field(gt=0)]
+
+
 class BlendConfig(_Settings):
     """A spectral model as prior, and a fitted one that is added to it only as far as validation says that it helps."""
 
@@ -256,6 +259,9 @@ class BlendConfig(_Settings):
     turned to lie as the old ones did. It needs start = "prior"."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.1, 0.3, 1.0), min_length=1)
     """Weights of the fitted scores that validation tries beside 0, the prior alone; both have spread 1."""
+    mixes: tuple[tuple[Positive, Positive, Annotated[float, Field(ge=0)]], ...] = ()
+    """Factors on the prior's weights of items, features (text) and popularity that validation tries beside (1, 1, 1)
+    once the fitted part has its weight: a blend of four recommenders."""
 
     @model_validator(mode="after")
     def _without_moments(self) -> BlendConfig:

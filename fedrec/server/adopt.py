@@ -8,13 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 from fedrec.evaluation.metrics import private_norm
-from fedrec.models.blend import blended
+from fedrec.models.blend import blended, mixed
 from fedrec.models.configs import AnyModelConfig, BlendConfig
 from fedrec.params import Params
 from fedrec.server.judge import Contender, judge, judge_privately
 from fedrec.server.state import ServerState
 from fedrec.server.work import Work
 
+EVEN = (1.0, 1.0, 1.0)
+"""The prior's weights as its settings say."""
 SURE = 3.0
 """A gain counts if it is more than so many standard errors of the noise on it: the best of three weights that do not
 help passes with a probability of 0.4 % at most."""
@@ -24,11 +26,14 @@ def release_of(state: ServerState, model: AnyModelConfig) -> Params:
     """Return what a release of this state holds: the trained parameters, or those of a blend with its prior."""
     if not isinstance(model, BlendConfig):
         return state.released
-    return blended(state.prior, state.released, float(state.adoption.get("weight", 0.0)))
+    prior = mixed(state.prior, state.adoption.get("mix", EVEN))
+    return blended(prior, state.released, float(state.adoption.get("weight", 0.0)))
 
 
 def adopt(work: Work) -> Work:
     """Try the weights of a blend's fitted model on the slice's validation window, and keep the best that surely helps.
+
+    With that one, the mixes of the prior's own parts are tried in the same way.
 
     In a private run every weight that is tried costs one noised release of metrics, whatever `privacy.metrics` says:
     the choice shows in the release.
@@ -45,6 +50,17 @@ def adopt(work: Work) -> Work:
     weight = best((0.0, *model.weights), tried, margin)
     metric = f"ndcg@{recipe.experiment.evaluation.ks[0]}"
     adoption = {"weight": weight, "metric": metric, "tried": tried, "margin": margin}
+    work = work.advanced(adoption=adoption, overhead=overhead)
+    if not model.mixes:
+        return work
+    names = {f"mix {' '.join(f'{factor:g}' for factor in mix)}": mix for mix in model.mixes}
+    contenders = {
+        name: Contender(model, blended(mixed(state.prior, mix), state.released, weight)) for name, mix in names.items()
+    }
+    more, margin, overhead = asked(work, contenders)
+    top = max(more, key=more.__getitem__, default="")
+    surely = top in more and more[top] - tried.get(f"weight {weight:g}", math.inf) > margin
+    adoption |= {"mix": list(names[top] if surely else EVEN), "tried": tried | more}
     return work.advanced(adoption=adoption, overhead=overhead)
 
 

@@ -136,9 +136,8 @@ def planned(experiment: Experiment, population: tuple[int, int], scale: float) -
             tried = GaussianEvent(noise_multiplier=noise, count=asked)
             events.append((f"slice {index}: validation of the rounds", tried))
         if isinstance(experiment.model, BlendConfig):
-            tried = GaussianEvent(
-                noise_multiplier=settings.metrics_noise * scale, count=1 + len(experiment.model.weights)
-            )
+            contenders = 1 + len(experiment.model.weights) + len(experiment.model.mixes)
+            tried = GaussianEvent(noise_multiplier=settings.metrics_noise * scale, count=contenders)
             events.append((f"slice {index}: validation of the fit", tried))
         if settings.metrics == "private":
             noise = settings.metrics_noise * scale

@@ -14,7 +14,8 @@ from fedrec.config import Experiment
 from fedrec.data.slices import LastWindow, TimeWindow, resolve, with_validation
 from fedrec.errors import ConfigError
 from fedrec.grid.simulate import simulate
-from fedrec.models.blend import blended, joined, started, turned
+from fedrec.models import portable
+from fedrec.models.blend import blended, joined, mixed, started, turned
 from fedrec.models.build import build
 from fedrec.models.configs import BlendConfig, SpectralConfig, TransformerConfig
 from fedrec.models.recommender import get_params
@@ -75,6 +76,41 @@ def test_every_weight_that_is_tried_is_paid_for_even_where_metrics_are_exact(tmp
     life = [name for name, event in planned(experiment, (29, 29), 1.0) if "validation" in name]
     assert len(life) == experiment.n_slices
     assert all(record["adoption"]["margin"] > 0 for record in document["releases"])
+
+
+def test_the_parts_of_the_prior_are_weighed_by_validation_too(tmp_path: Path) -> None:
+    mixes = [[1, 4, 1], [4, 1, 0], [1, 1, 8]]
+    wanted = blend(model={"mixes": mixes})
+    document, _ = simulate(wanted, runs=tmp_path, registry=tmp_path / "registry", dataset=DATASET)
+    for record in document["releases"]:
+        adoption = record["adoption"]
+        assert {"mix 1 4 1", "mix 4 1 0", "mix 1 1 8", "weight 0", "weight 0.2", "weight 1"} == set(adoption["tried"])
+        best_mix = max((adoption["tried"][f"mix {' '.join(map(str, mix))}"], mix) for mix in mixes)
+        better = best_mix[0] > adoption["tried"][f"weight {adoption['weight']:g}"]
+        assert adoption["mix"] == (best_mix[1] if better else [1, 1, 1])
+    private, folder = simulate(
+        blend(CENTRAL, model={"mixes": mixes}), runs=tmp_path / "p", registry=tmp_path / "pr", dataset=DATASET
+    )
+    names = [entry.name for entry in PrivacyLedger.read(folder / LEDGER).entries()]
+    assert sum(name.startswith("slice 0: metrics of mix") for name in names) == 3
+    assert 7.0 < private["privacy"]["epsilon"] <= 8.0
+
+
+def test_a_mix_multiplies_the_scores_of_the_parts() -> None:
+    random = np.random.default_rng(0)
+    config = SpectralConfig(item_rank=3, feature_rank=2, popularity_weight=0.5, length=8)
+    rows = {
+        "items": random.normal(size=(9, 3)),
+        "features": random.normal(size=(9, 2)),
+        "popularity": random.normal(size=9),
+    }
+    prior = {name: value.astype(np.float32) for name, value in rows.items()}
+    prior |= {"item_spread": np.cov(rows["items"].T).astype(np.float32)}
+    prior |= {"feature_spread": np.cov(rows["features"].T).astype(np.float32)}
+    weighed = config.model_copy(update={"item_weight": 2.0, "feature_weight": 0.5, "popularity_weight": 1.5})
+    np.testing.assert_allclose(
+        portable.score(config, mixed(prior, (2, 0.5, 3)), [1, 2]), portable.score(weighed, prior, [1, 2]), rtol=1e-4
+    )
 
 
 def test_a_gain_within_the_noise_is_none() -> None:
