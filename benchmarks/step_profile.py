@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,20 +13,23 @@ from torch.func import functional_call
 
 from benchmarks.harness import Row, progress, run
 from benchmarks.peers.workloads import KEY, sequence
+from fedrec.client.allocator import keep_freed_memory
 from fedrec.client.rows import renumber
 from fedrec.client.trainer import cache_block, step_batches
-from fedrec.client.vectorised import train_batched
+from fedrec.client.vectorised import ByAutograd, train_batched
 from fedrec.models.recommender import to_torch
 from fedrec.privacy.clip import clip_factors
 
 
 def measure(quick: bool) -> list[Row]:
-    """Profile one block of workload B1 at both lengths."""
+    """Profile one block of workload B1 and one of B4, at both lengths."""
     torch.set_num_threads(1)
+    keep_freed_memory()
     bandwidth = copy_bandwidth()
     rows = [Row("bandwidth of a copy, read and written", bandwidth / 1e9, "GB/s")]
     for length in (50, 200):
         rows += step_rows(length, 5 if quick else 25, bandwidth)
+        rows += round_rows(length, 4, 3 if quick else 15, bandwidth)
     return rows
 
 
@@ -103,6 +107,84 @@ def step_rows(length: int, repeats: int, bandwidth: float) -> list[Row]:
             "x",
         ),
     ]
+
+
+def round_rows(length: int, steps: int, repeats: int, bandwidth: float) -> list[Row]:
+    """Return the parts of one block's round of several steps, what it adds to centralised training, and the floor.
+
+    The floor is what centralised training takes at its best size of batch, and on top of it only what no engine can
+    leave out that keeps clients apart: their bare products, and each byte that has to move at the bandwidth of a copy.
+    """
+    n_people = 256 if length == 50 else 64
+    workload = sequence(n_people, length, steps)
+    model, local = workload.model(), workload.task.local
+    block = cache_block(model, steps)
+    cohort = workload.cohort()
+    part = cohort.take(slice(0, block))
+    totals = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    found = [_phases(model, part, local, totals) for _ in progress(range(repeats + 1), f"a round of {steps}")][1:]
+    phases = {phase: statistics.median(one[phase] for one in found) for phase in found[0]}
+    engine = statistics.median(sum(one.values()) for one in found)
+    # What centralised training takes for as many people as a block has, at the block's size and at larger ones.
+    limits = {}
+    for batch in sorted({block, 64, n_people}):
+        each = cohort.take(slice(0, batch))
+        limits[batch] = timed(lambda: _centralised(model, each, local), repeats) * block / batch  # noqa: B023
+    best = min(limits, key=limits.__getitem__)
+    dense = 4 * block * sum(value.numel() for name, value in model.named_parameters() if name != "item")
+    drawn = step_batches(part, model, local, KEY)
+    own = 4 * renumber(drawn)[0].size * model.get_parameter("item").shape[1]
+    looked = 4 * block * (length + 256) * model.get_parameter("item").shape[1]
+    # Own weights: written once after the first step; read forward, read backward, read and written to be moved in every
+    # later one; read for the norm and to be added up. Rows: written; moved in every step; read twice at the end.
+    moved = dense * (1 + 4 * (steps - 1) + 2) + own * 3 + 2 * looked * steps
+    together, weights_apart, all_apart = product_seconds(block, length, repeats)
+    products = weights_apart - together + (steps - 1) * (all_apart - together)
+    flops = 6 * block * length * 64 * (2 * 192 + 6 * 64) * steps
+    name = f"B{steps}, length {length}, block of {block}"
+    return [
+        *(Row(f"{name}: {phase}", 1e3 * seconds, "ms") for phase, seconds in phases.items()),
+        Row(f"{name}: all of it", 1e3 * engine, "ms"),
+        *(Row(f"{name}: centralised, batches of {n}, as many people", 1e3 * t, "ms") for n, t in limits.items()),
+        Row(f"{name}: operations of the linear layers", flops / 1e9, "GFLOP"),
+        Row(f"{name}: bytes that only clients apart move", moved / 1e6, "MB"),
+        Row(f"{name}: these bytes at the bandwidth of a copy", 1e3 * moved / bandwidth, "ms"),
+        Row(f"{name}: what products of each client's own cost more", 1e3 * products, "ms"),
+        Row(f"{name}: cost against centralised batches of {block}", engine / limits[block], "x"),
+        Row(f"{name}: cost against centralised, its best batch", engine / limits[best], "x"),
+        Row(f"{name}: floor, these products and bytes", 1 + (products + moved / bandwidth) / limits[best], "x"),
+    ]
+
+
+def _phases(model: Any, part: Any, local: Any, totals: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return the seconds that the parts of a block's round take, one after the other."""
+    marks = [("", time.perf_counter())]
+
+    def mark(name: str) -> None:
+        marks.append((name, time.perf_counter()))
+
+    batches = step_batches(part, model, local, KEY)
+    mark("draws")
+    clients = ByAutograd(model, {}, batches, local, [None] * len(batches))
+    mark("renumbering, rows gathered")
+    first = clients.step()
+    mark("first step")
+    for _ in batches[1:]:
+        clients.step()
+    mark(f"the {len(batches) - 1} later steps")
+    trained = clients.trained(first)
+    mark("differences")
+    factors = clip_factors(trained.norms(), local.clip_norm)
+    mark("norms")
+    trained.add_to(totals, factors)
+    mark("clipped and added up")
+    return {name: then - before for (_, before), (name, then) in pairwise(marks)}
+
+
+def _centralised(model: Any, part: Any, local: Any) -> None:
+    """Take the forward and backward passes of a round for all people at once; drawing included."""
+    for batch in step_batches(part, model, local, KEY):
+        torch.autograd.grad(model.loss(to_torch(batch)).mean(), list(model.parameters()))
 
 
 def product_seconds(block: int, length: int, repeats: int) -> tuple[float, float, float]:

@@ -9,10 +9,8 @@ both. Titles are the publisher's otherwise: 'Usual Suspects, The (1995)'.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -23,12 +21,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 
-import numpy as np
-
-from fedrec.data.cleaning import Dataset, RawRows, clean
+from fedrec.data.cleaning import Dataset, clean
+from fedrec.data.layouts import (
+    AMAZON_BEAUTY,
+    AMAZON_VIDEO,
+    GROUPLENS_100K,
+    MOVIELENS_1M,
+    MOVIETWEETINGS,
+    RECBOLE_100K,
+    Files,
+    Layout,
+)
 from fedrec.errors import DataError, nearest
 
 __all__ = ["PREPARED", "SOURCES", "Dataset", "Source", "find_local", "load_dataset", "prepared_folder"]
@@ -41,30 +46,8 @@ TIMEOUT_SECONDS = 15
 PIP_TIMEOUT_SECONDS = 180
 MAX_FILE_BYTES = 64 << 20
 
-Files = Mapping[str, bytes]
 _BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, KeyError)
 _UNUSABLE = (DataError, OSError, HTTPException, subprocess.SubprocessError, *_BAD_ARCHIVE)
-
-
-class Parsed(NamedTuple):
-    """What a file layout holds: rows, and what is public about the items."""
-
-    rows: RawRows
-    titles: dict[str, str]
-    attributes: dict[str, tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Files of one shape, and how to read them.
-
-    Attributes:
-        sha256: file name to the SHA-256 of its bytes.
-        parse: reads the checked bytes.
-    """
-
-    sha256: Mapping[str, str]
-    parse: Callable[[Files], Parsed]
 
 
 @dataclass(frozen=True)
@@ -254,89 +237,6 @@ def _unzipped(archive: bytes, prefix: str, layout: Layout) -> Files:
     return files
 
 
-def _columns(text: str, separator: str) -> list[tuple[str, ...]]:
-    return list(zip(*(line.split(separator) for line in text.splitlines() if line.strip()), strict=True))
-
-
-def _ratings(columns: list[tuple[str, ...]]) -> RawRows:
-    """Return the rows of (user, item, rating, unix time); every rating is an interaction, whatever its value."""
-    user, item, value, time = (np.asarray(column) for column in columns)
-    event = np.full(len(user), "rating")
-    return RawRows(user, item, time.astype(np.float64), event, value.astype(np.float64))
-
-
-def _grouplens_100k(files: Files) -> Parsed:
-    genres = [line.split("|")[0] for line in files["u.genre"].decode("latin-1").splitlines() if line.strip()]
-    titles, attributes = {}, {}
-    for line in files["u.item"].decode("latin-1").splitlines():
-        item, title, _, _, _, *flags = line.split("|")
-        titles[item] = title.strip()
-        attributes[item] = tuple(genre for genre, flag in zip(genres, flags, strict=True) if flag == "1")
-    return Parsed(_ratings(_columns(files["u.data"].decode("ascii"), "\t")), titles, attributes)
-
-
-def _recbole_100k(files: Files) -> Parsed:
-    titles, attributes = {}, {}
-    for line in files["ml-100k.item"].decode("utf-8").splitlines()[1:]:
-        item, title, year, genres = line.split("\t")
-        titles[item] = "unknown" if title == "unkonwn" else f"{title} ({year})"
-        attributes[item] = tuple(genres.split())
-    rows = files["ml-100k.inter"].decode("ascii").partition("\n")[2]
-    return Parsed(_ratings(_columns(rows, "\t")), titles, attributes)
-
-
-def _movies(text: str) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
-    """Return titles and genres of lines ``id::title::genre|genre``; a title may hold '::' itself."""
-    titles, attributes = {}, {}
-    for line in text.splitlines():
-        item, rest = line.split("::", 1)
-        title, genres = rest.rsplit("::", 1)
-        titles[item] = title.strip()
-        attributes[item] = tuple(genre for genre in genres.split("|") if genre)
-    return titles, attributes
-
-
-def _ml_1m(files: Files) -> Parsed:
-    text = gzip.decompress(files["ml1m_assembled.csv.gz"]).decode("ascii")
-    columns: Any = np.loadtxt(io.StringIO(text), delimiter=",", skiprows=1, dtype=np.int64).T
-    user, item, value, place = columns
-    rows = RawRows(user, item, place.astype(np.float64), np.full(len(user), "rating"), value.astype(np.float64))
-    return Parsed(rows, *_movies(files["movies.dat"].decode("latin-1")))
-
-
-def _movietweetings(files: Files) -> Parsed:
-    rows = _ratings(_columns(files["ratings.dat"].decode("ascii"), "::"))
-    return Parsed(rows, *_movies(files["movies.dat"].decode("utf-8")))
-
-
-def _amazon_video(files: Files) -> Parsed:
-    return Parsed(_ratings(_columns(files["ratings.dat"].decode("ascii"), ",")), {}, {})
-
-
-def _amazon_beauty(files: Files) -> Parsed:
-    histories = [line.split() for line in files["Beauty.txt"].decode("ascii").splitlines()]
-    user = np.repeat([history[0] for history in histories], [len(history) - 1 for history in histories])
-    item = np.asarray([item for history in histories for item in history[1:]])
-    place = np.concatenate([np.arange(len(history) - 1.0) for history in histories])
-    tags = json.loads(files["Beauty_item2attributes.json"])
-    return Parsed(RawRows(user, item, place), {}, {item: tuple(map(str, numbers)) for item, numbers in tags.items()})
-
-
-_RECBOLE = Layout(
-    {
-        "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-        "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-    },
-    _recbole_100k,
-)
-_GROUPLENS = Layout(
-    {
-        "u.data": "06416e597f82b7342361e41163890c81036900f418ad91315590814211dca490",
-        "u.item": "553841ebc7de3a0fd0d6b62a204ea30c1e651aacfb2814c7a6584ac52f2c5701",
-        "u.genre": "9757e0d3e6b298159a80dd48eaf938114690e911e39af97a76949ef1663610bb",
-    },
-    _grouplens_100k,
-)
 _GROUPLENS_TERMS = (
     "GroupLens research licence; no commercial use without permission; cite Harper & Konstan, "
     "'The MovieLens Datasets', ACM TiiS 5(4), 2015."
@@ -349,57 +249,36 @@ SOURCES: Mapping[str, Source] = {
             "ml-100k",
             "MovieLens 100K: 100,000 film ratings, titles and genres",
             _GROUPLENS_TERMS,
-            _GROUPLENS,
+            GROUPLENS_100K,
             remotes=(
-                ("files.grouplens.org", _GROUPLENS, _from_publisher),
-                ("the copy inside the recbole 1.2.1 wheel", _RECBOLE, _from_wheel),
+                ("files.grouplens.org", GROUPLENS_100K, _from_publisher),
+                ("the copy inside the recbole 1.2.1 wheel", RECBOLE_100K, _from_wheel),
             ),
         ),
         Source(
             "ml-1m",
             "MovieLens 1M: film ratings in each person's order, titles and genres",
             _GROUPLENS_TERMS,
-            Layout(
-                {
-                    "ml1m_assembled.csv.gz": "98369cf3d0031c50b278cc3ade258d970d5f2e4bd1723e0ab11350b2ad6c1208",
-                    "movies.dat": "0140fc2356357c1a851d0f52e893a1e4d3696df632c4141cea8d5bc3d621f0b9",
-                },
-                _ml_1m,
-            ),
+            MOVIELENS_1M,
             time_unit="order",
         ),
         Source(
             "movietweetings-100k",
             "MovieTweetings 100K: film ratings from tweets, titles and genres",
             "Free for research; cite Dooms et al., 'MovieTweetings', CrowdRec at RecSys 2013.",
-            Layout(
-                {
-                    "ratings.dat": "c0dd868c2632d10002ebc928ddc5345f33adeaa59eca52c2941c26a2c5e36fd6",
-                    "movies.dat": "e63fb84bc734e3c574f135634a40d3cbafab22b8f94f5fc0b80f80d1d2076efc",
-                },
-                _movietweetings,
-            ),
+            MOVIETWEETINGS,
         ),
         Source(
             "amazon-video",
             "Amazon Instant Video ratings, no titles",
             "Research use; cite McAuley et al., SIGIR 2015, and PFedRec (IJCAI 2023) for this cut.",
-            Layout(
-                {"ratings.dat": "a1292e4a4dba6c37be6ae5dc83d4404af96bf3eace4c8954e2f4e8360a3cdd76"},
-                _amazon_video,
-            ),
+            AMAZON_VIDEO,
         ),
         Source(
             "amazon-beauty",
             "Amazon Beauty purchases in each person's order, no titles",
             "Research use; cite McAuley et al., SIGIR 2015, and S3-Rec (CIKM 2020) for this cut.",
-            Layout(
-                {
-                    "Beauty.txt": "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8",
-                    "Beauty_item2attributes.json": "129e40f67486f6877eff0f5318cfa8530ee8ac23d8b0d1de04e1bb7a2ba0b2d4",
-                },
-                _amazon_beauty,
-            ),
+            AMAZON_BEAUTY,
             time_unit="order",
         ),
     )
