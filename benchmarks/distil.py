@@ -2,7 +2,7 @@
 
 The life: the published F3CRec blocks of ML-100K, everything known masked, NDCG@20, no
 privacy. Both arms train the same rounds of the same seed; one is taught after them. Settings were chosen with
-``--validation``.
+``--validation``, those of the device student by ``benchmarks.student_choice``. ``--part life`` or ``student`` runs one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.harness import Row, claim, progress, run, unclaimed
+from benchmarks.harness import Row, claim, option, progress, run, unclaimed
 from benchmarks.lives import experiment_of, f3crec_blocks, live
 from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
@@ -131,16 +131,20 @@ def student_rows(test: str, judge: Any, quick: bool) -> list[Row]:
     ]
 
 
-def measure(quick: bool, hold: Literal["test", "validation"] = "test") -> list[Row]:
-    """Measure both claims."""
+def measure(quick: bool, hold: Literal["test", "validation"] = "test", part: str = "") -> list[Row]:
+    """Measure both claims, or one: "life" or "student"."""
+    judge = unclaimed if quick or hold == "validation" else claim
+    if part == "student":
+        return student_rows(hold, judge, quick)
     dataset = f3crec_blocks(Path(os.environ.get("FEDREC_DATA", "data")) / "f3crec-ml-100k", hold)
     short: dict[str, Any] = {"base": {"rounds": 30}, "later": {"rounds": 10}} if quick else {}
-    judge = unclaimed if quick or hold == "validation" else claim
     rows = life_rows(dataset, SEEDS[: 1 if quick else None], short, judge)
-    return rows + student_rows(hold, judge, quick)
+    return rows if part == "life" else rows + student_rows(hold, judge, quick)
 
 
 if __name__ == "__main__":
     hold: Literal["test", "validation"] = "validation" if "--validation" in sys.argv else "test"
-    arguments = [argument for argument in sys.argv[1:] if argument != "--validation"]
-    raise SystemExit(run("distil", (__doc__ or "").split("\n")[0], lambda quick: measure(quick, hold), arguments))
+    rest = [argument for argument in sys.argv[1:] if argument != "--validation"]
+    part = option(rest, "--part", ("life", "student"), "")
+    title = (__doc__ or "").split("\n")[0]
+    raise SystemExit(run("distil", title, lambda quick: measure(quick, hold, part), rest, sys.argv[1:]))

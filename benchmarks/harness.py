@@ -52,6 +52,22 @@ def unclaimed(what: str, value: float, unit: str, relation: str, bound: float) -
     return Row(what, value, unit, f"{relation} {bound:g}")
 
 
+def option(rest: list[str], name: str, allowed: Sequence[str] | None, default: str) -> str:
+    """Take an option with its value, one of those allowed if any are named, out of the arguments.
+
+    Raises:
+        ValueError: the value is none of those allowed.
+    """
+    if name not in rest:
+        return default
+    place = rest.index(name)
+    given = "".join(rest[place + 1 : place + 2])
+    if allowed is not None and given not in allowed:
+        raise ValueError(f"{name} takes one of {', '.join(allowed)}.")
+    del rest[place : place + 2]
+    return given
+
+
 def run(
     name: str,
     what: str,

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import Row, claim, progress, run, unclaimed
+from benchmarks.harness import Row, claim, option, progress, run, unclaimed
 from benchmarks.life_rows import (
     COUNTED,
     DISTILLED,
@@ -283,22 +283,6 @@ def private_rows(table: Table, judge: Callable[..., Row]) -> list[Row]:
     ]
     spent = max(one.releases[-1]["epsilon"] for one in lives)
     return [*rows, judge(f"{name}: epsilon spent over the life", spent, "epsilon", "<=", 8.0)]
-
-
-def option(rest: list[str], name: str, allowed: Sequence[str] | None, default: str) -> str:
-    """Take an option with its value, one of those allowed if any are named, out of the arguments.
-
-    Raises:
-        ValueError: the value is none of those allowed.
-    """
-    if name not in rest:
-        return default
-    place = rest.index(name)
-    given = "".join(rest[place + 1 : place + 2])
-    if allowed is not None and given not in allowed:
-        raise ValueError(f"{name} takes one of {', '.join(allowed)}.")
-    del rest[place : place + 2]
-    return given
 
 
 def main(argv: Sequence[str]) -> int:
