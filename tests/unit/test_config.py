@@ -205,7 +205,8 @@ def _other(key: str, old: Any) -> Any:
     words |= {"student": {"model": {"kind": "spectral"}}, "rehearsal": {"share": 0.2}, "drift": {"speed": 3.0}}
     words |= {"tasks": {"value_weight": 0.5}, "start": {"registry": "elsewhere"}}
     words |= {"ewc": {"decay": 0.1}, "curriculum": {"start": 0.1}, "dropout": 0.15}
-    words |= {"tiers": {"share": 0.2}, "context": {"hours": 4}}
+    words |= {"tiers": {"share": 0.2}, "context": {"hours": 4}, "stopping": {"patience": 3}}
+    words |= {"adapt": {"steps": 3}}
     if key in words or key in ("kind", "mode"):
         return words.get(key)
     if isinstance(old, list):
