@@ -85,4 +85,5 @@ def _standardised(made: dict[str, Made], dataset: Dataset, asked: Questions) -> 
 
 def _added(scores: dict[str, Scores], weights: tuple[float, float]) -> Scores:
     spectral, text = (np.float32(weight) for weight in weights)
-    return scores["transformer"] + spectral * scores["spectral"] + text * scores["text transformer"]
+    total: Scores = scores["transformer"] + spectral * scores["spectral"] + text * scores["text transformer"]
+    return total

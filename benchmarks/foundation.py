@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.asking import Questions, estimate, gains, over_seeds, people, scores_of
 from benchmarks.harness import Row, claim, unclaimed
 from benchmarks.kept import Made, Shelf
-from benchmarks.private_fits import FITS
+from benchmarks.private_choices import FITS
 from benchmarks.zoo import experiment_for
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import item_features
@@ -104,17 +104,18 @@ def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
 
 def _private(source: str, seed: int, model: dict[str, Any], start: dict[str, Any], setting: Setting) -> Any:
     """Return a short fit under noise; popularity counts get a hundredth of the budget."""
-    rounds = 10 if setting.quick else int(FITS["base"]["rounds"])
+    fit = FITS[source]
+    rounds = 10 if setting.quick else int(fit["base"]["rounds"])
     people_there = load_dataset(source).log.n_users
-    rate = float(FITS["cohort"]["expected"]) / people_there
+    rate = float(fit["cohort"]["expected"]) / people_there
     budget = {
         "mode": "central", "epsilon": EPSILON, "delta": DELTA, "noise": "seed", "metrics": "research",
         "fit": rate * math.sqrt(rounds / 0.99), "count": 10.0,
     }  # fmt: skip
     training = {
-        **FITS,
+        **fit,
         "server": {"kind": "adam", "learning_rate": PRIVATE_RATE},
-        "base": {**FITS["base"], "rounds": rounds},
+        "base": {**fit["base"], "rounds": rounds},
         "later": {"rounds": 0},
     }
     return experiment_for(
@@ -154,7 +155,10 @@ def newcomers(source: str, setting: Setting) -> list[Row]:
     grown["text"] = vectors
     grown["residual"] = np.pad(grown["residual"], ((0, len(vectors) - n_old), (0, 0)))
     nearest = NearestConfig(features=wanted.model.features)
-    models = {"text_transformer": (wanted.model, grown), "nearest": (nearest, {"text": vectors})}
+    models: dict[str, tuple[Any, Params]] = {
+        "text_transformer": (wanted.model, grown),
+        "nearest": (nearest, {"text": vectors}),
+    }
     counts = np.bincount(seen.log.item, minlength=len(vectors))
     return [
         *_new_items(source, whole, n_old, models, counts, setting),

@@ -92,8 +92,8 @@ def _spectral(source: str, settings: dict[str, Any]) -> tuple[dict[str, Any], di
         return choice.model.model_dump(), {**shares, "features": choice.features.model_dump()}
     if source in WIDE:  # too many items for a statistic of pairs
         features = {"encoder": "hashed" if source in TEXTLESS else "wordllama", "rank": 512}
-        shares = {"sketch": "features", "item_share": 0.0, "feature_share": 1.0}
-        return {**settings, "item_rank": 0, "feature_rank": 512}, {**shares, "features": features}
+        sketch = {"sketch": "features", "item_share": 0.0, "feature_share": 1.0}
+        return {**settings, "item_rank": 0, "feature_rank": 512}, {**sketch, "features": features}
     return settings, {"item_share": 0.8, "feature_share": 0.2, "features": FEATURES}
 
 

@@ -130,10 +130,6 @@ def _scores(g: _Graph, config: AnyModelConfig, params: Params, items: str) -> st
             "A factorisation solves equations for each person, for which ONNX has no operation; export it for devices "
             "instead (--format device)."
         )
-    if isinstance(config, LanguageConfig):
-        raise FedrecError(
-            "A language model has no ONNX form here; give devices a student ([training.student]) instead."
-        )
     if isinstance(config, TextTransformerConfig):
         config, params = merged(config, params)
     user = _user(g, config, params, items)
@@ -203,6 +199,10 @@ def _blend(g: _Graph, config: BlendConfig, params: Params, items: str) -> str:
 
 def _user(g: _Graph, config: AnySequenceConfig, params: Params, items: str) -> str:
     """Return the state [1 d] after the newest interaction."""
+    if isinstance(config, LanguageConfig):
+        raise FedrecError(
+            "A language model has no ONNX form here; give devices a student ([training.student]) instead."
+        )
     read = params["taken" if isinstance(config, MachineConfig) else "item"]
     known = g.node("Gather", read, g.node("Max", items, 0))
     x = g.node("Where", g.node("Less", g.node("Unsqueeze", items, [1]), 0), params["start"], known)  # [n d]
