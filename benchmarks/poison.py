@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fedrec.data.sources import load_dataset
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.task import EvaluateTask
 from fedrec.random import Key
+from fedrec.server.files import make_folder, write_atomically
 from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, cut, run_experiment
 
@@ -76,7 +79,27 @@ def dataset() -> Dataset:
     return load_dataset("ml-100k")
 
 
-def attacked(settings: Experiment, lie: str | None = None, share: float = 0.0, item: int = 0) -> Outcome:
+@dataclass(frozen=True)
+class Runs:
+    """Runs that were attacked; what is kept in a folder is not run again, so a stopped measurement goes on."""
+
+    folder: Path | None = None
+
+    def attacked(self, settings: Experiment, lie: str | None = None, share: float = 0.0, item: int = 0) -> Outcome:
+        """Return what comes of a run with some of its nodes lying."""
+        if self.folder is None:
+            return lived(settings, lie, share, item)
+        number = item if lie in PROMOTIONS else 0
+        path = self.folder / f"{settings.digest()[:16]}-{lie}-{share}-{number}.json".replace(" ", "_")
+        if not path.is_file():
+            made = lived(settings, lie, share, item)
+            make_folder(self.folder)
+            write_atomically(path, json.dumps({**asdict(made), "exposure": made.exposure.tolist()}).encode())
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return Outcome(**found | {"exposure": np.array(found["exposure"])})
+
+
+def lived(settings: Experiment, lie: str | None, share: float, item: int) -> Outcome:
     """Run the experiment with some of its nodes lying, and look at what was released."""
     data = dataset()
     places = np.linspace(0, N_NODES - 1, n_liars(share, N_NODES)).astype(int).tolist() if lie else []
@@ -113,12 +136,12 @@ def target(clean: Outcome) -> int:
     return int(shown[np.argsort(clean.exposure[shown], kind="stable")[len(shown) // 2]])
 
 
-def measure(quick: bool) -> list[Row]:
+def measure(quick: bool, runs: Runs) -> list[Row]:
     """Measure quality under every attack, and the exposure of a promoted item."""
     rounds = 3 if quick else 40
     judge = unclaimed if quick else claim
     mean, robust = experiment({"kind": "mean"}, rounds), experiment(ROBUST, rounds)
-    plain, clean = attacked(mean), attacked(robust)
+    plain, clean = runs.attacked(mean), runs.attacked(robust)
     item = target(clean)
     rows = [
         Row("nobody lies: mean", plain.ndcg, METRIC),
@@ -127,30 +150,30 @@ def measure(quick: bool) -> list[Row]:
     ]
     jobs = [("sign-flip", MANY)] if quick else [(lie, share) for lie in CLAIMED for share in SHARES]
     for lie, share in steps([*jobs, *([] if quick else [("IPM in disguise", MANY)])]):
-        found, what = attacked(robust, lie, share, item), f"{lie}, {share:.0%} of nodes, bounded"
+        found, what = runs.attacked(robust, lie, share, item), f"{lie}, {share:.0%} of nodes, bounded"
         lost, unit = float(100 * (1 - found.ndcg / clean.ndcg)), "% of NDCG"
         rows.append(judge(what, lost, unit, "<=", 5.0) if lie in CLAIMED else Row(what, lost, unit))
         if lie in PROMOTIONS:
             what, ratio = f"{what}: exposure of the item", times(found, clean, item)
             rows.append(judge(what, ratio, "x clean", "<=", 2.0) if share == FEW else Row(what, ratio, "x clean"))
-    return rows if quick else rows + undefended(plain, mean, item, rounds)
+    return rows if quick else rows + undefended(runs, plain, mean, item, rounds)
 
 
-def undefended(plain: Outcome, mean: Experiment, item: int, rounds: int) -> list[Row]:
+def undefended(runs: Runs, plain: Outcome, mean: Experiment, item: int, rounds: int) -> list[Row]:
     """Measure what lies cost where nobody looks at single updates, as in a masked sum; clients can bound themselves."""
     rows = []
     for lie, share in steps(
         [("item promotion", FEW), ("poisoned history", FEW), ("IPM", MANY), ("scaled noise", MANY)]
     ):
-        worse, what = attacked(mean, lie, share, item), f"{lie}, {share:.0%} of nodes, mean"
+        worse, what = runs.attacked(mean, lie, share, item), f"{lie}, {share:.0%} of nodes, mean"
         rows.append(Row(what, 100 * (1 - worse.ndcg / plain.ndcg), "% of NDCG"))
         if lie in PROMOTIONS:
             rows.append(Row(f"{what}: exposure of the item", times(worse, plain, item), "x clean"))
     clipped = experiment({"kind": "mean"}, rounds, item_clip=ITEM_CLIP)
-    clean, what = attacked(clipped), f"item_clip {ITEM_CLIP:g}"
+    clean, what = runs.attacked(clipped), f"item_clip {ITEM_CLIP:g}"
     rows.append(Row(f"nobody lies: mean with {what}, as a share of the mean", clean.ndcg / plain.ndcg, "ratio"))
     for share in (FEW, MANY):
-        found = attacked(clipped, "poisoned history", share, item)
+        found = runs.attacked(clipped, "poisoned history", share, item)
         name = f"poisoned history, {share:.0%} of nodes, mean with {what}: exposure of the item"
         rows.append(Row(name, times(found, clean, item), "x clean"))
     return rows
@@ -166,5 +189,14 @@ def times(attacked: Outcome, clean: Outcome, item: int) -> float:
     return float(attacked.exposure[item] / max(clean.exposure[item], 1e-9))
 
 
+def main() -> int:
+    """Measure; ``--keep FOLDER`` keeps finished runs."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--keep", type=Path)
+    known, rest = parser.parse_known_args()
+    what = f"{(__doc__ or '').strip()} --keep FOLDER keeps runs, so that a stopped measurement goes on."
+    return run("poison", what, lambda quick: measure(quick, Runs(known.keep)), rest, typed=rest)
+
+
 if __name__ == "__main__":
-    raise SystemExit(run("poison", __doc__ or "", measure))
+    raise SystemExit(main())

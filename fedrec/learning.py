@@ -116,8 +116,10 @@ class Bounded(_Settings):
     item_factor: float = Field(default=2.0, gt=0)
     """Longest row of an item, in medians over the nodes that moved the item."""
     left_out: float = Field(default=0.1, ge=0, lt=0.5)
-    """Share of the nodes that is left out in each round: those that lie furthest along the line in which the shortened
-    updates differ most, which is where nodes lie that push together."""
+    """Share of the nodes that is left out where some push together: those that lie furthest along the line in which the
+    shortened updates differ most."""
+    outstanding: float = Field(default=2.0, ge=1)
+    """Some push together where that line holds so many times the variance of the next one."""
 
 
 AnyAggregate = Mean | Median | TrimmedMean | Krum | Bounded

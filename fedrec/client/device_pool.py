@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import LogPool
 from fedrec.client.store import Store
 from fedrec.data.catalog import ItemCatalog
@@ -15,6 +15,9 @@ from fedrec.data.log import InteractionLog
 from fedrec.data.slices import LastWindow, TimeWindow
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
+
+if TYPE_CHECKING:
+    from fedrec.client.budget import LocalBudget
 
 
 class DevicePool:

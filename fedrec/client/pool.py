@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedrec.client.budget import LocalBudget
 from fedrec.client.statistics import cooccurrence
 from fedrec.data.batches import Cohort
 from fedrec.data.catalog import ItemCatalog
@@ -18,6 +17,9 @@ from fedrec.privacy.clip import clip_factors
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FisherTask, FitTask, LocalTraining
+
+if TYPE_CHECKING:
+    from fedrec.client.budget import LocalBudget
 
 Engine = Literal["batched", "each"]
 KEPT_WINDOWS = 3

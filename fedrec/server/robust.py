@@ -57,7 +57,7 @@ def robust_mean(
         return {name: _stacked([updates[place] for place in kept], name).mean(0) for name in updates[0]}
     if isinstance(settings, Bounded):
         updates = bounded(updates, settings, rows)
-        kept = in_line(updates, settings.left_out)
+        kept = in_line(updates, settings.left_out, settings.outstanding)
         updates, weights = [updates[place] for place in kept], weights[kept]
     assert isinstance(settings, Mean | Bounded)
     return {name: np.tensordot(weights / weights.sum(), _stacked(updates, name), 1) for name in updates[0]}
@@ -106,16 +106,20 @@ def bounded(updates: Sequence[Mapping[str, Array]], settings: Bounded, rows: Col
     return shortened
 
 
-def in_line(updates: Sequence[Params], share: float) -> list[int]:
+def in_line(updates: Sequence[Params], share: float, outstanding: float) -> list[int]:
     """Return the places of the updates without those that lie furthest along the line in which all differ most.
 
     Nodes that push one way together make that way the one of greatest variance, however short each of them is; the
-    score of an update is its squared projection on it, the mean taken off.
-    Source: Shejwalkar and Houmansadr, NDSS 2021, section VI (divide and conquer), without its sampling of dimensions.
+    score of an update is its squared projection on it, the mean taken off. Nobody is left out unless that line holds
+    `outstanding` times the variance of the next: honest updates spread over many lines.
+    Source: Shejwalkar and Houmansadr, NDSS 2021, section VI (divide and conquer), without its sampling of dimensions;
+    the condition is ours.
     """
     flat = _flat(updates)
     apart = flat - flat.mean(0)
-    _, axes = np.linalg.eigh(apart @ apart.T)
+    held, axes = np.linalg.eigh(apart @ apart.T)
+    if len(updates) < 3 or held[-1] < outstanding * held[-2]:
+        return list(range(len(updates)))
     scores = np.square(axes[:, -1])  # of the Gram matrix: proportional to the squared projections on the same axis
     kept = len(updates) - math.floor(share * len(updates))
     return sorted(np.argsort(scores, kind="stable")[:kept].tolist())

@@ -64,9 +64,10 @@ def test_who_pushes_one_way_together_is_left_out_however_short_the_push() -> Non
     push = {"item": -10 * np.mean([update["item"] for update in honest], axis=0)}
     liars = [{"item": push["item"] * np.sqrt(200) / np.linalg.norm(push["item"])} for _ in range(5)]
     updates = [*liars, *honest]
-    assert in_line(updates, 0.1) == list(range(5, 50))
-    assert in_line(updates, 0.0) == list(range(50))
-    assert in_line(honest[:1], 0.4) == [0]
+    assert in_line(updates, 0.1, 2.0) == list(range(5, 50))
+    assert in_line(updates, 0.0, 2.0) == list(range(50))
+    assert in_line(honest, 0.1, 2.0) == list(range(45)), "nobody is left out where nothing stands out"
+    assert in_line(honest[:1], 0.4, 2.0) == [0]
     ones, rule = np.ones(50), Bounded(left_out=0.1)
     mean = robust_mean(honest, ones[5:], Mean(), ROWS)["item"]
     for settings, worst in ((rule, 0.3), (Bounded(left_out=0.0), np.inf)):
