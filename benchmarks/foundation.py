@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from benchmarks.asking import Questions, estimate, gains, over_seeds, people, scores_of
 from benchmarks.harness import Row, claim, unclaimed
 from benchmarks.kept import Made, Shelf
-from benchmarks.private_choices import FITS
 from benchmarks.zoo import experiment_for
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import item_features
@@ -29,6 +28,15 @@ FITTED = {"ml-100k": 1500, "ml-1m": 600}
 """Rounds of adapters and of full fine-tuning."""
 ADAPTERS: dict[str, Any] = {"train": "adapters", "lora": 4}
 EVERYTHING: dict[str, Any] = {"train": "all"}
+PRIVATE_ROUNDS = 60
+PRIVATE: dict[str, Any] = {
+    "cohort": {"kind": "poisson", "expected": 256},
+    "local": {"steps": 1, "learning_rate": 1.0, "clip_norm": 1.0},
+    "server": {"kind": "adam", "learning_rate": 1e-2},
+    "later": {"rounds": 0},
+}
+"""Fits under noise. The server's step size is, for all parameters and for adapters, the best of 1e-3, 3e-3, 1e-2 and
+3e-2 on the validation item of ML-100K."""
 KEEPS, MOST_SENT = 0.95, 0.05
 """What adapters must keep of full fine-tuning, and what share of the parameters they may send."""
 EPSILON, DELTA = 8.0, 1e-5
@@ -104,28 +112,16 @@ def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
 
 def _private(source: str, seed: int, model: dict[str, Any], start: dict[str, Any], setting: Setting) -> Any:
     """Return a short fit under noise; popularity counts get a hundredth of the budget."""
-    fit = FITS[source]
-    rounds = 10 if setting.quick else int(fit["base"]["rounds"])
-    people_there = load_dataset(source).log.n_users
-    rate = float(fit["cohort"]["expected"]) / people_there
+    rounds = 10 if setting.quick else PRIVATE_ROUNDS
+    rate = float(PRIVATE["cohort"]["expected"]) / load_dataset(source).log.n_users
     budget = {
         "mode": "central", "epsilon": EPSILON, "delta": DELTA, "noise": "seed", "metrics": "research",
         "fit": rate * math.sqrt(rounds / 0.99), "count": 10.0,
     }  # fmt: skip
-    training = {
-        **fit,
-        "server": {"kind": "adam", "learning_rate": PRIVATE_RATE},
-        "base": {**fit["base"], "rounds": rounds},
-        "later": {"rounds": 0},
-    }
+    training = {**PRIVATE, "base": {"rounds": rounds, "warmup": 5, "final": 0.1}}
     return experiment_for(
         source, "text_transformer", rounds, seed=seed, model=model, start=start, training=training, privacy=budget
     )
-
-
-PRIVATE_RATE = 1e-2
-"""The server's step size under noise: for all parameters and for adapters the best of 1e-3, 3e-3, 1e-2 and 3e-2 on the
-validation item of ML-100K."""
 
 
 def _sent(head: str, made: Made, judged: Setting | None) -> list[Row]:

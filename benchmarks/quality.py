@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import foundation
 from benchmarks.asking import over_seeds
-from benchmarks.blending import best, longest
+from benchmarks.blending import CENTRAL, REACHED, best, longest
 from benchmarks.foundation import UNIT, Measure, Setting
 from benchmarks.harness import Row, run
 from benchmarks.kept import Made, shelf
@@ -67,6 +67,9 @@ def _federated(source: str, kind: str, setting: Setting) -> list[Row]:
         rows += [Row(f"{source}: popularity", made[0].value("popularity"), UNIT)]
         rows += [Row(f"{source}: popularity, HR@10", made[0].value("popularity", metric="hr@10"), "HR@10")]
         rows += over_seeds(f"{source}: local-only", [one.value("local_only") for one in made], UNIT)
+        if source == "ml-1m":
+            for words, bound in (("the claim", REACHED), ("gSASRec, central", CENTRAL)):
+                rows.append(setting.judge(f"{head}, against {words}", made[0].value(), UNIT, ">=", bound))
     return rows
 
 
