@@ -88,10 +88,12 @@ def test_shadow_runs_leave_what_is_told_of_a_person_apart() -> None:
 
 def test_noise_brings_both_attacks_to_chance() -> None:
     private = experiment({"mode": "central", "epsilon": 0.5, "delta": 1e-5, "noise": "seed", "metrics": "research"})
-    found = attacked(private)
-    assert found.person.auc_low < 0.5 < found.person.auc_high
-    assert found.interaction.auc_low < 0.5 < found.interaction.auc_high
-    assert found.bound.epsilon <= 0.5
+    found = [attacked(private, seed) for seed in (1, 2, 3)]
+    for kind in ("person", "interaction"):  # an interval of 95 % may miss once
+        detections = [getattr(one, kind) for one in found]
+        assert sum(one.auc_low < 0.5 < one.auc_high for one in detections) >= 2
+        assert all(one.auc_low < 0.6 for one in detections)
+    assert max(one.bound.epsilon for one in found) <= 0.5
 
 
 def test_a_handful_of_people_is_refused() -> None:

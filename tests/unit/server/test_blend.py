@@ -109,7 +109,7 @@ def test_a_mix_multiplies_the_scores_of_the_parts() -> None:
     prior |= {"feature_spread": np.cov(rows["features"].T).astype(np.float32)}
     weighed = config.model_copy(update={"item_weight": 2.0, "feature_weight": 0.5, "popularity_weight": 1.5})
     np.testing.assert_allclose(
-        portable.score(config, mixed(prior, (2, 0.5, 3)), [1, 2]), portable.score(weighed, prior, [1, 2]), rtol=1e-4
+        portable.score(config, mixed(prior, (2.0, 0.5, 3.0)), [1, 2]), portable.score(weighed, prior, [1, 2]), rtol=1e-4
     )
 
 
