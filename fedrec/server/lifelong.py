@@ -28,7 +28,7 @@ STEPS: tuple[Step, ...] = (
 )
 """What is done in every slice, in this order. A step that the experiment does not ask for returns its work as it came.
 
-Why this order: docs/decisions/0006-a-slice-is-a-list-of-steps.md.
+Why this order: docs/decisions/0007-a-slice-is-a-list-of-steps.md.
 """
 
 
