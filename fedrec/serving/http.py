@@ -84,12 +84,18 @@ class Served:
         self._ready = Recommending(registry.load(), student)
 
     def current(self) -> Recommending:
-        """Return the current release; the one before it, if the current one cannot be loaded."""
-        version = self._registry.row().version
+        """Return the current release; the one before it, if the current one cannot be loaded.
+
+        A damaged release is read once, and again when another one was current in between.
+        """
         with self._lock:
-            if version != self._ready.release.version and version not in self.damaged:
+            version = self._registry.row().version
+            if version == self._ready.release.version:
+                self.damaged.clear()
+            elif version not in self.damaged:
                 try:
                     self._ready = Recommending(self._registry.load(version), self._student)
+                    self.damaged.clear()
                 except (CorruptRelease, RegistryError) as error:
                     self.damaged[version] = str(error)
             return self._ready

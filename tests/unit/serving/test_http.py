@@ -143,6 +143,19 @@ def test_a_damaged_release_leaves_the_one_before_in_place_and_says_so(registry: 
     assert "fedrec_serve_current 2\n" in told
 
 
+def test_a_mended_release_is_served_when_it_is_promoted_again(registry: Registry, client: Client) -> None:
+    publish(registry.root, TURNED, 1)
+    model = registry.root / "releases" / "0002" / "model.safetensors"
+    sound = model.read_bytes()
+    model.write_bytes(b"torn")
+    assert client.recommend(k=1)["release"] == 1
+    model.write_bytes(sound)
+    registry.rollback()
+    assert client.ask("/health") == (200, '{"release":1}')
+    registry.promote(2)
+    assert client.recommend(k=1)["release"] == 2
+
+
 def test_a_registry_that_went_away_is_a_sentence(registry: Registry, client: Client) -> None:
     (registry.root / "registry.sqlite").unlink()
     status, text = client.ask("/recommend", {})
