@@ -14,6 +14,7 @@ from fedrec import __version__
 from fedrec.data.commands import app as data_app
 from fedrec.errors import FedrecError
 from fedrec.fleet import device_app, gateway_app
+from fedrec.interrupts import redeliver_interrupts
 from fedrec.server.commands import app as releases_app
 from fedrec.server.deploy_commands import app as server_app
 from fedrec.server.privacy_commands import app as privacy_app
@@ -380,6 +381,7 @@ def _need(*packages: str) -> None:
 
 def main() -> None:
     """Run the command line; a mistake gives one sentence on stderr and exit code 1."""
+    redeliver_interrupts()
     try:
         app()
     except FedrecError as error:

@@ -260,6 +260,7 @@ def test_an_interrupt_leaves_something_to_resume_and_says_so(tmp_path: Path) -> 
         stdout, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert stdout == ""
     assert "can be resumed with --resume" in stderr
