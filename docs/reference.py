@@ -5,7 +5,11 @@ docs/experiments.md comes from the settings' own docstrings, the tables of docs/
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
+import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,19 +40,34 @@ def bundled() -> str:
 
 def section(settings: type[BaseModel], path: str) -> str:
     """Return the tables of one group of settings and of the groups inside it."""
-    rows, inside = [], []
+    rows, inside, told = [], [], docstrings(settings)
     for name, field in settings.model_fields.items():
         dotted = f"{path}.{name}" if path else name
         members = [m for m in (get_args(field.annotation) or (field.annotation,)) if is_settings(m)]
         inside += [(member, dotted) for member in members]
         if not members and name not in ("kind", "mode"):
-            rows.append(f"| `{dotted}` | {shown(field.default)} | {(field.description or '').strip()} |")
+            rows.append(f"| `{dotted}` | {shown(field.default)} | {told.get(name, '')} |")
     tag = next((name for name in ("kind", "mode") if name in settings.model_fields), None)
-    told = f', {tag} = "{settings.model_fields[tag].default}"' if tag else ""
-    title = f"## `{path}`{told}" if path else "## Top level"
+    which = f', {tag} = "{settings.model_fields[tag].default}"' if tag else ""
+    title = f"## `{path}`{which}" if path else "## Top level"
     about = (settings.__doc__ or "").strip()
     table = "| key | default | meaning |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n" if rows else ""
     return f"{title}\n\n{about}\n\n{table}\n" + "".join(section(member, dotted) for member, dotted in inside)
+
+
+def docstrings(settings: type[BaseModel]) -> dict[str, str]:
+    """Return the docstring of each field, those of its bases included.
+
+    Read from the source here: pydantic can (`use_attribute_docstrings`), but does so whenever fedrec is imported.
+    """
+    found: dict[str, str] = {}
+    for kind in reversed(settings.__mro__[: settings.__mro__.index(BaseModel)]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, said in pairwise(body.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant):
+                found[ast.unparse(field.target)] = inspect.cleandoc(str(said.value.value))
+    return found
 
 
 def shown(default: Any) -> str:

@@ -57,6 +57,7 @@ DEVICE_CORE = [
     "fedrec.client.answering",
     "fedrec.client.conditions",
     "fedrec.client.device_pool",
+    "fedrec.client.enrolment",
     "fedrec.client.gateway_client",
     "fedrec.client.keeping",
     "fedrec.client.limits",

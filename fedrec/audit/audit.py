@@ -37,7 +37,7 @@ LONGEST = 1.001
 class AuditSettings(BaseModel):
     """How hard to attack."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     canaries: int = Field(default=1000, ge=10)
     """How many people who do not exist are drawn in or out of the run by a coin."""
     confidence: float = Field(default=0.95, gt=0.5, lt=1)

@@ -24,7 +24,7 @@ OWN = "this device's own ledger"
 class Limits(BaseModel):
     """What a device takes part in; whatever asks for more is refused, in one sentence that also goes into its log."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
     cohort_minimum: int = Field(default=20, ge=1)
     """In a sum of fewer people than this it does not hide."""
     epsilon: float | None = Field(default=8.0, gt=0)

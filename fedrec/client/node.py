@@ -64,7 +64,7 @@ REASONS = {
 class NodeSettings(BaseModel):
     """One node. Paths start at the folder of the file."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field(default="node", max_length=200)
     """What the node is called in the server's records; it orders the nodes, so let it be unlike any other."""

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from fedrec.client.conditions import Conditions, system_conditions
 from fedrec.client.device_pool import DevicePool
+from fedrec.client.enrolment import Enrolment
 from fedrec.client.keys import KeyPlace
 from fedrec.client.limits import OWN, Limits, PrivacySpent, Spent, spent, total
 from fedrec.client.store import Retention, Store
@@ -37,35 +38,6 @@ LEDGERS = "ledgers"
 """Folder of the device's own privacy ledger, in the store's."""
 RELEASE, ENROLMENT, LIMITS = "release", "enrolment", "limits"
 """Under these names the store keeps the device's release, its enrolment and its limits."""
-
-
-class Enrolment(BaseModel):
-    """What a device must know to speak with a gateway; `fedrec gateway add-device` writes one for each device."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-    address: str = Field(min_length=3)
-    """``host:port`` of the gateway, as its certificate names the host."""
-    root_certificates: str
-    """PEM of the certificates that vouch for the gateway."""
-    token: str = Field(min_length=20, repr=False)
-    """Known to this device alone; the gateway keeps its hash."""
-    trusted: tuple[str, ...] = Field(min_length=1)
-    """Public keys, in hexadecimal, of those whose plans and releases the device acts on."""
-
-    @classmethod
-    def parse(cls, text: str, where: str) -> Enrolment:
-        """Read an enrolment.
-
-        Raises:
-            ConfigError: it is none.
-        """
-        try:
-            found = cls.model_validate_json(text)
-            if any(len(bytes.fromhex(key)) != 32 for key in found.trusted):
-                raise ValueError("a trusted key has not 32 bytes")
-        except (ValidationError, ValueError) as error:
-            raise ConfigError(f"'{where}' is no enrolment; `fedrec gateway add-device` writes one.") from error
-        return found
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Interaction(NamedTuple):
 class Retention(BaseModel):
     """How much a device keeps; whatever is beyond is deleted, not only hidden."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     max_age_seconds: int | None = Field(default=None, ge=1)
     """Interactions that are older go; None: no limit."""
     max_count: int | None = Field(default=10_000, ge=1)

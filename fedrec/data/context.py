@@ -21,7 +21,7 @@ FIRST_TIME = 31_536_000
 class ContextConfig(BaseModel):
     """What of a moment is told apart. It moves all scores of a request; what is unknown moves none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     hours: int = Field(default=0, ge=0, le=24)
     """Into how many equal parts a day is cut (UTC); 0: the time of day does not count."""
     weekdays: bool = False

@@ -109,7 +109,7 @@ def _static(folder: Path) -> tuple[Matrix, Any]:
 class FeatureSettings(BaseModel):
     """How items become vectors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     encoder: Literal["hashed", "wordllama", "minilm", "transformers", "vectors"] = "hashed"
     """"hashed" needs no package; "wordllama" (`pip install 'fedrec[text]'`) and "minilm" know meanings; "transformers"
     is any encoder at `path`; "vectors" reads plain vectors of items, of images for example, from the file at `path`."""

@@ -40,7 +40,7 @@ Floats = NDArray[np.float64]
 class Habits(BaseModel):
     """How the people and the items of a made-up population are."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     days: float = Field(default=365.0, ge=1)
     """How long the population is watched."""
     present: float = Field(default=0.5, gt=0, le=1)

@@ -27,7 +27,7 @@ FOREVER = 2**62
 class TimeWindow(BaseModel):
     """Interactions with ``start <= time < end``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     kind: Literal["time"] = "time"
     start: int
     """First second of the window (UTC)."""
@@ -38,7 +38,7 @@ class TimeWindow(BaseModel):
 class LastWindow(BaseModel):
     """Interactions counted from the end of each history: `take` of them, after leaving out the last `skip`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     kind: Literal["last"] = "last"
     skip: int = Field(ge=0)
     """How many of the newest interactions lie after the window."""

@@ -15,7 +15,7 @@ from fedrec.errors import ConfigError
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
 
 
 class FullSoftmax(_Settings):

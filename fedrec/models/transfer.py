@@ -10,7 +10,7 @@ from fedrec.models.configs import FactorisationConfig, SpectralConfig, Transform
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TransferConfig(_Settings):

@@ -38,7 +38,7 @@ class Entry(BaseModel):
         chain: SHA-256 over this entry and the `chain` before it.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     number: int
     name: str
     attempt: int

@@ -18,7 +18,7 @@ LIKELY_FAILURE, UNLIKELY = 1e-6, 2.0**-40
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Terms(_Settings):

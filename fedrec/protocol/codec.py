@@ -36,7 +36,7 @@ _UNIT: dict[str, tuple[float, float]] = {"float16": (2.0**-11, 2.0**-25), "bfloa
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     reveals: ClassVar[str] = ""
     """What a reader of the messages learns besides the numbers; goes into the privacy statement."""
 

@@ -29,7 +29,7 @@ _DOWN = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 
 
 class _Header(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     slice: int
     round: int
     task: Task
@@ -150,7 +150,7 @@ def _packed(value: Array, download: Float) -> Array:
 class CensusRequest(BaseModel):
     """Asks a node how many of its clients have interactions in the window."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     window: Window
     catalog_digest: str
     ticket: str = Field(default="", max_length=MAX_TICKET)
@@ -172,7 +172,7 @@ class CensusRequest(BaseModel):
 class Census(BaseModel):
     """A node's answer: its name, which orders the nodes, and how many of its clients are eligible."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     node: str = Field(max_length=200)
     n_clients: int = Field(ge=0, le=MAX_CLIENTS)
     ticket: str = Field(default="", max_length=MAX_TICKET)

@@ -39,7 +39,7 @@ _ENVELOPE, _DOCUMENT, _RELEASE = "signed", "document", "device-release"
 class Terms(BaseModel):
     """What the signer promises about a plan."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
     ledger: str = Field(min_length=1, max_length=200)
     """Names the privacy ledger that the plan is charged to."""
     cohort_minimum: int = Field(ge=1)
@@ -213,7 +213,7 @@ class DeviceRelease:
 
 
 class _ReleaseHeader(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     version: int = Field(ge=0)
     model: ModelConfig
     catalog: str

@@ -20,7 +20,7 @@ MOST_PER_CLIENT = 1e9
 
 
 class _Header(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
     n_clients: int
     stats: dict[str, float]
     ticket: str = Field(default="", max_length=64)

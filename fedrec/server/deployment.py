@@ -33,7 +33,7 @@ CERTIFICATES, NODES, STATE, LOG, APP, FLOWER = "certificates", "nodes", "state",
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Waiting(_Settings):

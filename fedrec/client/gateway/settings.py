@@ -13,7 +13,7 @@ SETTINGS, SOCKET = "gateway.toml", "control.sock"
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Pace(_Settings):
