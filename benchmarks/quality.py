@@ -30,6 +30,8 @@ LOCAL_ONLY = 200
 EASE_MOST = 4_000
 """Items up to which EASE is inverted, and every client's own copy of all item vectors is made."""
 PERSONAL_ROUNDS = 100
+GRAPH_MOST = 2_000
+"""People up to which GPFedRec compares everybody's table with everybody else's in each round."""
 
 
 def parts() -> dict[str, Measure]:
@@ -101,6 +103,9 @@ def _personal(source: str, kind: str, setting: Setting) -> list[Row]:
     dataset = load_dataset(source)
     if len(dataset.catalog) > EASE_MOST:
         print(f"{source}: {kind} of {len(dataset.catalog):,} items is left out", file=sys.stderr)
+        return []
+    if kind == "gpfedrec" and dataset.log.n_users > GRAPH_MOST:
+        print(f"{source}: {kind} of {dataset.log.n_users:,} people is left out", file=sys.stderr)
         return []
     began = time.process_time()
     settings = PersonalSettings(rounds=5 if setting.quick else PERSONAL_ROUNDS, graph=kind == "gpfedrec")
