@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fedrec import __version__
 from fedrec.data.commands import app as data_app
-from fedrec.errors import FedrecError
+from fedrec.errors import FedrecError, need
+from fedrec.experiments import JsonOption, RegistryOption, audit, evaluate, pretrain, simulate
 from fedrec.fleet import device_app, gateway_app
 from fedrec.interrupts import redeliver_interrupts
 from fedrec.server.commands import app as releases_app
 from fedrec.server.deploy_commands import app as server_app
 from fedrec.server.privacy_commands import app as privacy_app
-
-if TYPE_CHECKING:
-    from fedrec.config import Experiment
 
 app = typer.Typer(
     name="fedrec",
@@ -29,17 +26,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for verb in (simulate, pretrain, evaluate, audit):
+    app.command()(verb)
 app.add_typer(data_app, name="data", help="Data sets: list, fetch, describe, import.")
 app.add_typer(privacy_app, name="privacy", help="Plan a privacy budget, show a ledger.")
 app.add_typer(server_app, name="server", help="Launch and look after an aggregation server.")
 app.add_typer(gateway_app, name="gateway", help="Serve many light devices as one node.")
 app.add_typer(device_app, name="device", help="One person's device on the command line.")
 app.add_typer(releases_app, name="releases", help="Releases: list, show, promote, roll back, verify.")
-
-RegistryOption = Annotated[
-    Path, typer.Option("--registry", envvar="FEDREC_REGISTRY", help="Folder of the registry of releases.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 def _version(wanted: bool) -> None:
@@ -56,128 +50,6 @@ def root(
 
 
 @app.command()
-def simulate(
-    experiment: Annotated[
-        str, typer.Argument(help="TOML file, or the name of an experiment that comes with fedrec.")
-    ] = "quickstart",
-    out: Annotated[Path, typer.Option("--out", help="Root of run folders.")] = Path("runs"),
-    registry: RegistryOption = Path("runs/registry"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest unfinished run.")] = False,
-    seed: Annotated[int | None, typer.Option("--seed", help="Use this seed instead of the experiment's.")] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Run an experiment: a lifelong federated run with progress, report (HTML and JSON) and a registry of releases."""
-    from rich.console import Console
-
-    from fedrec.config import Experiment
-
-    settings = Experiment.find(experiment)
-    if seed is not None:
-        settings = settings.model_copy(update={"seed": seed})
-    _need("torch", "flwr")
-    from fedrec.evaluation.report import print_table
-    from fedrec.grid.simulate import simulate as run
-    from fedrec.progress import RunProgress
-
-    notes = Console(stderr=True)
-    with RunProgress(notes, settings.n_slices, _expected(settings)) as bars:
-        document, folder = run(
-            settings,
-            runs=out,
-            registry=registry,
-            resume=resume,
-            command=shlex.join(["fedrec", *sys.argv[1:]]),
-            observe=bars.observe,
-            say=lambda note: notes.print(note, highlight=False, markup=False),
-        )
-    if as_json:
-        print(json.dumps(document))
-        return
-    console = Console()
-    print_table(document, console)
-    print(f"Report:   {folder / 'report.html'}\nRegistry: {registry}")
-
-
-@app.command()
-def pretrain(
-    experiment: Annotated[str, typer.Argument(help="TOML file, or the name of an experiment that comes with fedrec.")],
-    registry: RegistryOption = Path("runs/registry"),
-    as_json: JsonOption = False,
-) -> None:
-    """Train a model of sequences centrally on public data: a release that `[start]` elsewhere begins from."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from fedrec.config import Experiment
-
-    settings = Experiment.find(experiment)
-    _need("torch")
-    from fedrec.data.sources import load_dataset
-    from fedrec.server.pretrain import pretrain as train
-    from fedrec.server.registry import Registry
-
-    notes = Console(stderr=True)
-    dataset = load_dataset(settings.data.source, say=lambda note: notes.print(note, highlight=False, markup=False))
-    with Progress(console=notes) as bars:
-        task = bars.add_task("steps", total=settings.training.base.rounds)
-        release = train(settings, dataset, Registry(registry), lambda step, loss: bars.update(task, completed=step + 1))
-    if as_json:
-        print(json.dumps({"release": release.version, "registry": str(registry), "n_items": release.manifest.n_items}))
-        return
-    print(f'Release {release.version} in {registry}; begin from it with:\n[start]\nregistry = "{registry}"')
-
-
-@app.command()
-def audit(
-    experiment: Annotated[str, typer.Argument(help="TOML file, or the name of an experiment that comes with fedrec.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for audit.json and audit.html.")] = None,
-    epsilon: Annotated[
-        float | None, typer.Option("--epsilon", help="Audit the experiment at this budget instead of its own.")
-    ] = None,
-    canaries: Annotated[int, typer.Option("--canaries", min=10, help="How many canary clients.")] = 1000,
-    confidence: Annotated[
-        float, typer.Option("--confidence", min=0.5, max=0.9999, help="Of all bounds together.")
-    ] = 0.95,
-    shadows: Annotated[
-        int, typer.Option("--shadows", min=0, help="Further runs that calibrate the attack on membership.")
-    ] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Decides who the canaries and the members are.")] = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Attack an experiment in simulation; print the claim beside what was found, exit with 1 if it is broken."""
-    from rich.console import Console
-
-    from fedrec.config import Experiment
-
-    settings = Experiment.find(experiment)
-    _need("torch", "flwr")
-    from fedrec.audit.audit import AuditSettings
-    from fedrec.audit.audit import audit as attack
-    from fedrec.data.sources import load_dataset
-    from fedrec.evaluation.audit_page import print_audit, write_audit
-    from fedrec.progress import RunProgress
-    from fedrec.server.privacy_commands import wanted
-
-    if epsilon is not None:
-        settings = wanted(settings, epsilon, None, False)
-    how = AuditSettings(canaries=canaries, confidence=confidence, shadows=shadows, seed=seed)
-    notes = Console(stderr=True)
-    dataset = load_dataset(settings.data.source, say=lambda note: notes.print(note, highlight=False, markup=False))
-    with RunProgress(notes, settings.n_slices * how.lives, _expected(settings)) as bars:
-        command = shlex.join(["fedrec", *sys.argv[1:]])
-        document = attack(settings, dataset, how, command=command, observe=bars.observe)
-    page = None if out is None else write_audit(document, out)
-    if as_json:
-        print(json.dumps(document))
-    else:
-        print_audit(document, Console())
-        if page is not None:
-            print(f"Page: {page}")
-    if document["holds"] is False:
-        raise typer.Exit(1)
-
-
-@app.command()
 def recommend(
     history: Annotated[str, typer.Option("--history", help="Item ids, oldest first, separated by commas.")] = "",
     release: Annotated[str, typer.Option("--release", help="A version, or 'latest' (the promoted one).")] = "latest",
@@ -191,7 +63,7 @@ def recommend(
     as_json: JsonOption = False,
 ) -> None:
     """Recommend to a person whom the release has never seen, from what they did so far."""
-    _need("torch")
+    need("torch")
     from fedrec.server.recommend import recommend as serve
     from fedrec.server.registry import Registry
 
@@ -239,7 +111,7 @@ def serve(
     registry: RegistryOption = Path("runs/registry"),
 ) -> None:
     """Answer requests for recommendations over HTTP from the current release, until told to end."""
-    _need("torch", "starlette", "uvicorn")
+    need("torch", "starlette", "uvicorn")
     from fedrec.server.registry import Registry
     from fedrec.serving.http import Served
     from fedrec.serving.http import serve as listen
@@ -264,7 +136,7 @@ def node(
     ] = None,
 ) -> None:
     """Host the people of a local data set, of device stores or of a gateway as a node, until told to end."""
-    _need("torch", "flwr")
+    need("torch", "flwr")
     from fedrec.client.node import SETTINGS, NodeSettings, node_toml, run_node
     from fedrec.settings import parsed
 
@@ -304,7 +176,7 @@ def doctor(
 
         found += checkup(folder)
     else:
-        _need("torch", "flwr")
+        need("torch", "flwr")
         from fedrec.server.deployment import DeploymentFolder
         from fedrec.server.supervisor import running
 
@@ -358,25 +230,6 @@ def _moment(words: list[str]) -> dict[str, Any]:
             raise FedrecError(f"--moment takes a name and a value, for example hour=21, not '{word}'.")
         found[key] = int(value) if key in ("hour", "weekday", "time") and value.isdecimal() else value
     return found
-
-
-def _expected(experiment: Experiment) -> float:
-    """Return how many clients a round asks for, as far as the experiment says."""
-    from fedrec.learning import FixedCohort, PoissonCohort
-
-    cohort = experiment.training.cohort
-    if isinstance(cohort, PoissonCohort):
-        return cohort.expected
-    return cohort.size if isinstance(cohort, FixedCohort) else float("inf")  # of turns: everybody is asked
-
-
-def _need(*packages: str) -> None:
-    """Raise a clear error if an optional part of fedrec is not installed."""
-    from importlib.util import find_spec
-
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        raise FedrecError(f"This verb needs {' and '.join(missing)}; install them with: pip install 'fedrec[sim]'.")
 
 
 def main() -> None:

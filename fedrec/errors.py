@@ -103,3 +103,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """
     matches = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+def need(*packages: str) -> None:
+    """Raise a clear error if an optional part of fedrec is not installed."""
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise FedrecError(f"This verb needs {' and '.join(missing)}; install them with: pip install 'fedrec[sim]'.")

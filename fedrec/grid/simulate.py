@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +67,30 @@ def simulate(
     def main(link: GridLink, context: Context) -> None:
         documents.append(run_experiment(experiment, data, link, chosen, store, command=command, observe=observe))
 
-    with ExitStack() as stack:
-        pools = [
-            _pool(experiment, data, index, chosen.path / LEDGERS, stack) for index in range(experiment.runtime.nodes)
-        ]
-        app = client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1], lambda context: SIMULATION)
-        grid = InProcessGrid(app, [{}] * len(pools), {})
+    with federation(experiment, data, chosen.path / LEDGERS) as grid:
         server_app(main)(grid, grid.server_context())
     return documents[0], chosen.path
 
 
-def _pool(experiment: Experiment, data: Dataset, index: int, ledgers: Path, stack: ExitStack) -> ClientPool:
+@contextmanager
+def federation(experiment: Experiment, data: Dataset, ledgers: Path | None) -> Iterator[InProcessGrid]:
+    """Yield a grid of as many nodes as the experiment names, with the data shared out; it ends with the block.
+
+    Args:
+        experiment: its table `runtime` decides.
+        data: whose histories the nodes host.
+        ledgers: folder of the ledgers of clients that trust nobody; None: nothing that costs privacy will be asked.
+    """
+    with ExitStack() as stack:
+        pools = [_pool(experiment, data, index, ledgers, stack) for index in range(experiment.runtime.nodes)]
+        app = client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1], lambda context: SIMULATION)
+        yield InProcessGrid(app, [{}] * len(pools), {})
+
+
+def _pool(experiment: Experiment, data: Dataset, index: int, ledgers: Path | None, stack: ExitStack) -> ClientPool:
     """Return the pool of one node; its worker processes, if any, end with the stack."""
-    runtime, budget = experiment.runtime, LocalBudget.of(experiment.privacy, ledgers)
+    runtime = experiment.runtime
+    budget = None if ledgers is None else LocalBudget.of(experiment.privacy, ledgers)
     if runtime.workers == 1:
         return LogPool.partition(data.log, data.catalog, index, runtime.nodes, runtime.engine, budget)
     pool = WorkerPool(

@@ -92,6 +92,21 @@ def test_simulate_shows_progress_on_stderr_and_a_table_on_stdout(tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
+def test_evaluate_shows_a_table_and_refuses_what_is_not_there(project: Path) -> None:
+    back = fedrec("evaluate", "latest", "--slice", "0", root=project)
+    assert back.returncode == 0, back.stderr
+    for words in (
+        "Release 2 on slice 0",
+        "what is retained",
+        "NDCG@10",
+        "popularity",
+        "returning people",
+        "Not private",
+    ):
+        assert words in back.stdout
+    refused(fedrec("evaluate", "--slice", "7", root=project), "no slice 7", "0 to 1")
+
+
 def test_recommend_shows_titles(project: Path) -> None:
     result = fedrec("recommend", "--history", "i2, i4", "-k", "3", root=project)
     assert result.returncode == 0, result.stderr
