@@ -51,6 +51,9 @@ class StartConfig(_Settings):
     """Folder of its registry."""
     release: int | Literal["latest", "newest"] = "latest"
     """Which release."""
+    ages: bool = False
+    """Read the year at the end of a title as an age: the newest year of the first slice's items stands for the newest
+    one of the release's, so that what was new there and what is new here are alike."""
 
 
 class StreamSplit(_Settings):

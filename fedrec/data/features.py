@@ -22,7 +22,7 @@ from fedrec.random import Key
 Matrix = NDArray[np.float32]
 YEARS = np.linspace(1920.0, 2040.0, 61)
 """Centres of the bumps that a year is written as; each is three years wide."""
-_YEAR = re.compile(r"\((\d{4})\)\s*$")
+YEAR = re.compile(r"\((\d{4})\)\s*$")
 _WORD = re.compile(r"\w+")
 
 
@@ -213,7 +213,7 @@ def _raw(catalog: ItemCatalog, settings: FeatureSettings, n: int) -> list[NDArra
     tags = np.zeros((len(catalog), max(1, len(names))))
     for row, own in enumerate(catalog.attributes):
         tags[row, [names[tag] for tag in own if tag in names]] = 1.0
-    years = np.array([float(found[1]) if (found := _YEAR.search(title)) else np.nan for title in catalog.titles])
+    years = np.array([float(found[1]) if (found := YEAR.search(title)) else np.nan for title in catalog.titles])
     bumps = np.exp(-(((years[:, None] - YEARS) / 3.0) ** 2) / 2.0)
     if settings.encoder == "vectors":
         from fedrec.data.encoders import vectors_from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from pydantic import TypeAdapter
 from fedrec.config import Experiment
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
-from fedrec.data.features import Matrix, item_features
+from fedrec.data.features import YEAR, Matrix, item_features
 from fedrec.errors import ConfigError
 from fedrec.models.build import MODELS
 from fedrec.models.configs import (
@@ -96,7 +97,24 @@ def public_vectors(
         return item_features(catalog, model.features, n_fitted)
     first = Registry(Path(experiment.start.registry)).lineage(source.version)[-1]
     n_first = Registry(Path(experiment.start.registry)).manifest(first.version).n_items
+    if experiment.start.ages:
+        catalog = moved(catalog, newest(source.catalog.prefix(n_first)) - newest(catalog.prefix(n_fitted)))
     return item_features(joined(source.catalog, catalog), model.features, n_first)[len(source.catalog) :]
+
+
+def newest(catalog: ItemCatalog) -> int:
+    """Return the latest year that a title ends with; 0: none does."""
+    return max((int(found[1]) for title in catalog.titles if (found := YEAR.search(title))), default=0)
+
+
+def moved(catalog: ItemCatalog, years: int) -> ItemCatalog:
+    """Return the catalogue with the years at the ends of titles moved; only for its text.
+
+    >>> moved(ItemCatalog(("1",), ("Gravity (2013)",), ((),), np.zeros(1, np.int64)), -13).titles
+    ('Gravity (2000)',)
+    """
+    titles = (YEAR.sub(lambda found: f"({int(found[1]) + years})", title) for title in catalog.titles)
+    return replace(catalog, titles=tuple(titles))
 
 
 def joined(first: ItemCatalog, second: ItemCatalog) -> ItemCatalog:

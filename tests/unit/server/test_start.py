@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from fedrec.errors import ConfigError, RegistryError
 from fedrec.grid.simulate import simulate
 from fedrec.server.pretrain import pretrain
 from fedrec.server.registry import Registry
-from fedrec.server.start import joined
+from fedrec.server.start import joined, newest, public_vectors
 from tests.support import dataset_of, merged, small_document, small_rows
 
 ELSEWHERE = dataset_of(small_rows(seed=1, n_items=40, n=500))
@@ -53,6 +54,30 @@ def test_shared_weights_and_the_space_of_texts_are_carried_and_items_are_not(els
     space = item_features(joined(theirs.catalog, ours.catalog), wanted.model.features, n_first)  # type: ignore[union-attr]
     np.testing.assert_allclose(space[: len(theirs.catalog)], theirs.params["text"], atol=1e-5)
     np.testing.assert_allclose(space[len(theirs.catalog) :], ours.params["text"], atol=1e-5)
+
+
+def test_years_are_read_as_ages_where_the_experiment_says_so(elsewhere: Path) -> None:
+    source = Registry(elsewhere).load()
+    there = source.catalog
+    dated = replace(source, catalog=replace(there, titles=tuple(f"T{n} ({1990 + n % 10})" for n in range(len(there)))))
+    titles = tuple(f"T{n} ({2004 + n % 10})" for n in range(len(HERE.catalog)))
+    catalog = replace(HERE.catalog, titles=titles)
+    plain, aged = (
+        public_vectors(experiment(start={"registry": str(elsewhere), "ages": ages}), catalog, len(catalog), dated)
+        for ages in (False, True)
+    )
+    assert plain is not None
+    assert aged is not None
+    same = replace(catalog, titles=tuple(f"T{n} ({1990 + n % 10})" for n in range(len(catalog))))
+    wanted = public_vectors(experiment(start={"registry": str(elsewhere)}), same, len(catalog), dated)
+    np.testing.assert_array_equal(aged, wanted)  # as if the films were of the years of the other catalogue
+    assert np.abs(plain - aged).max() > 0.01
+    later = replace(catalog, titles=(*titles[:-1], "T (2019)"))
+    first = len(catalog) - 1
+    grown = public_vectors(experiment(start={"registry": str(elsewhere), "ages": True}), later, first, dated)
+    assert grown is not None
+    np.testing.assert_array_equal(grown[:first], aged[:first])  # an item that joins moves nobody
+    assert newest(replace(catalog, titles=("no year",) * len(catalog))) == 0
 
 
 def test_a_release_of_another_shape_or_kind_is_refused_before_anything_is_written(
