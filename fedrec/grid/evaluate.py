@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flwr.app import Context
 from pydantic import TypeAdapter
 
 from fedrec.client.pool import count
@@ -18,11 +17,10 @@ from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import TimeSlice, resolve
 from fedrec.data.sources import load_dataset
 from fedrec.errors import ConfigError
-from fedrec.grid.simulate import federation
+from fedrec.grid.simulate import over_grid
 from fedrec.models.configs import AnyModelConfig, ModelConfig
 from fedrec.params import Params
 from fedrec.protocol.task import CountTask
-from fedrec.server.app import GridLink, server_app
 from fedrec.server.judge import Contender, judge, popularity_contender
 from fedrec.server.release import Release
 from fedrec.server.round import Recipe
@@ -76,21 +74,15 @@ def evaluate(
     )  # fmt: skip
     counts = _popularity(data, slices[: time_slice.index + 1], time_slice.n_items_test)
     contenders["popularity"] = popularity_contender(counts)
-    verdicts: list[dict[str, Any]] = []
-
-    def main(link: GridLink, context: Context) -> None:
-        verdicts.append(judge(contenders, time_slice, link, recipe, counts))
-
     began = time.perf_counter()
-    with federation(experiment, data, None) as grid:
-        server_app(main)(grid, grid.server_context())
+    verdict = over_grid(lambda link: judge(contenders, time_slice, link, recipe, counts), experiment, data, None)
     wanted = ("rows", "differences", "bytes_down", "bytes_up")
     return {
         "release": release.version,
         "slice": time_slice.index,
         "learnt": "before" if release.manifest.slice <= time_slice.index else "after",
         "data": {"name": data.name, "digest": data.log.digest(), "n_users": data.log.n_users},
-        **{name: verdicts[0][name] for name in wanted},
+        **{name: verdict[name] for name in wanted},
         "seconds": round(time.perf_counter() - began, 3),
         "privacy": STATEMENT,
     }

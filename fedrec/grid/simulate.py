@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Context
 
@@ -18,11 +18,13 @@ from fedrec.data.cleaning import Dataset
 from fedrec.data.sources import load_dataset
 from fedrec.grid.in_process import SERVER_NODE_ID, InProcessGrid
 from fedrec.protocol.identities import SIMULATION
+from fedrec.protocol.link import Link
 from fedrec.server.app import GridLink, server_app
 from fedrec.server.registry import Registry
 from fedrec.server.run import RunFolder, check, run_experiment
 from fedrec.server.work import Observer
 
+T = TypeVar("T")
 LEDGERS = "ledgers"
 DEFAULT_RUNS, DEFAULT_REGISTRY = Path("runs"), Path("runs/registry")
 
@@ -62,21 +64,18 @@ def simulate(
     store = Registry(registry)
     store.prepare()
     chosen = folder or RunFolder.new(runs, experiment)
-    documents: list[dict[str, Any]] = []
 
-    def main(link: GridLink, context: Context) -> None:
-        documents.append(run_experiment(experiment, data, link, chosen, store, command=command, observe=observe))
+    def main(link: Link) -> dict[str, Any]:
+        return run_experiment(experiment, data, link, chosen, store, command=command, observe=observe)
 
-    with federation(experiment, data, chosen.path / LEDGERS) as grid:
-        server_app(main)(grid, grid.server_context())
-    return documents[0], chosen.path
+    return over_grid(main, experiment, data, chosen.path / LEDGERS), chosen.path
 
 
-@contextmanager
-def federation(experiment: Experiment, data: Dataset, ledgers: Path | None) -> Iterator[InProcessGrid]:
-    """Yield a grid of as many nodes as the experiment names, with the data shared out; it ends with the block.
+def over_grid(main: Callable[[Link], T], experiment: Experiment, data: Dataset, ledgers: Path | None) -> T:
+    """Return what `main` makes of a link to as many nodes as the experiment names, with the data shared out.
 
     Args:
+        main: what a server does.
         experiment: its table `runtime` decides.
         data: whose histories the nodes host.
         ledgers: folder of the ledgers of clients that trust nobody; None: nothing that costs privacy will be asked.
@@ -84,7 +83,13 @@ def federation(experiment: Experiment, data: Dataset, ledgers: Path | None) -> I
     with ExitStack() as stack:
         pools = [_pool(experiment, data, index, ledgers, stack) for index in range(experiment.runtime.nodes)]
         app = client_app(lambda context: pools[context.node_id - SERVER_NODE_ID - 1], lambda context: SIMULATION)
-        yield InProcessGrid(app, [{}] * len(pools), {})
+        grid, found = InProcessGrid(app, [{}] * len(pools), {}), []
+
+        def served(link: GridLink, context: Context) -> None:
+            found.append(main(link))
+
+        server_app(served)(grid, grid.server_context())
+    return found[0]
 
 
 def _pool(experiment: Experiment, data: Dataset, index: int, ledgers: Path | None, stack: ExitStack) -> ClientPool:
