@@ -1,4 +1,4 @@
-"""A real SuperLink with TLS and two authenticated nodes on loopback, killed again and again: the same bytes."""
+"""A private run over a real SuperLink with TLS and two nodes, killed again and again: the same releases and ledger."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.federation import dataset, experiment
 from benchmarks.harness import Row, claim, progress, run
 from fedrec.evaluation.report import toml
+from fedrec.server.run import LEDGER
 
 SEED = 7
 LONGEST_SECONDS = 1500
@@ -28,6 +29,11 @@ def released(registry: Path) -> dict[str, bytes]:
     """Return every published file by its path."""
     files = sorted(path for path in (registry / "releases").rglob("*") if path.is_file())
     return {str(path.relative_to(registry)): path.read_bytes() for path in files}
+
+
+def ledger(runs: Path) -> list[bytes]:
+    """Return the ledgers of all runs below a folder; there should be one."""
+    return [path.read_bytes() for path in sorted(runs.rglob(LEDGER))]
 
 
 def free_port() -> int:
@@ -53,7 +59,7 @@ def measure(quick: bool) -> Sequence[Row]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         dataset().save(root / "data")
-        settings = experiment(rounds=2).model_dump(mode="json")
+        settings = experiment(rounds=2, noise="seed").model_dump(mode="json")
         settings |= {"data": {"source": str(root / "data")}, "split": settings["split"] | {"later": 0}}
         settings["runtime"] |= {"nodes": 2}
         settings["training"] |= {"timeout_seconds": 60.0}
@@ -84,12 +90,15 @@ def measure(quick: bool) -> Sequence[Row]:
                     process.terminate()
                 process.wait(timeout=90)
         same = released(root / "dep" / "registry") == released(root / "here-registry")
+        paid = ledger(root / "dep"), ledger(root / "here")
         resumed = sum(record["kind"] == "resumed" for record in _audit(root))
     return [
         Row(f"SIGKILLs of {', '.join(killed)}", len(killed), "kills"),
         Row("times that the run was resumed", resumed, "times"),
         claim("the server ended in good order", float(code == 0), "", ">=", 1),
         claim("releases as in-process without a kill, in bytes", float(same), "", ">=", 1),
+        Row("entries of the ledger of the run without a kill", len(b"".join(paid[1]).splitlines()), "entries"),
+        claim("ledger as in-process without a kill, in bytes", float(paid[0] == paid[1] != []), "", ">=", 1),
     ]
 
 

@@ -111,15 +111,15 @@ class Bounded(_Settings):
     """The mean over clients of updates that are shortened to what is usual, without the nodes that push together."""
 
     kind: Literal["bounded"] = "bounded"
-    norm_factor: float = Field(default=1.5, gt=0)
+    norm_factor: float = Field(default=1.0, gt=0)
     """Longest update, in medians of the nodes' norms."""
-    item_factor: float = Field(default=2.0, gt=0)
-    """Longest row of an item, in medians over the nodes that moved the item."""
     left_out: float = Field(default=0.1, ge=0, lt=0.5)
     """Share of the nodes that is left out where some push together: those that lie furthest along the line in which the
     shortened updates differ most."""
-    outstanding: float = Field(default=2.0, ge=1)
+    outstanding: float = Field(default=1.5, ge=1)
     """Some push together where that line holds so many times the variance of the next one."""
+    item_factor: float = Field(default=8.0, gt=0)
+    """Longest row of an item, in medians over the nodes that moved the item."""
 
 
 AnyAggregate = Mean | Median | TrimmedMean | Krum | Bounded

@@ -53,9 +53,13 @@ class GridLink:
             Message(to_record(document), dst_node_id=node, message_type=MESSAGE_TYPES[verb])
             for node, document in documents.items()
         ]
+        sent = [message.metadata for message in messages]
         for reply in self.grid.send_and_receive(messages, timeout=timeout_seconds or self.deadline_seconds):
             node = reply.metadata.src_node_id
             if reply.has_error():
+                if node not in documents:  # the SuperLink's own word that a node is gone; it names the message
+                    asked = reply.metadata.reply_to_message_id
+                    node = next((one.dst_node_id for one in sent if one.message_id == asked), node)
                 yield Reply(node, None, f"the node failed: {reply.error.reason}")
                 continue
             try:

@@ -56,9 +56,9 @@ def robust_mean(
         kept = krum(updates, settings)
         return {name: _stacked([updates[place] for place in kept], name).mean(0) for name in updates[0]}
     if isinstance(settings, Bounded):
-        updates = bounded(updates, settings, rows)
+        updates = shortened(updates, settings.norm_factor)
         kept = in_line(updates, settings.left_out, settings.outstanding)
-        updates, weights = [updates[place] for place in kept], weights[kept]
+        updates, weights = shortened_rows([updates[place] for place in kept], settings.item_factor, rows), weights[kept]
     assert isinstance(settings, Mean | Bounded)
     return {name: np.tensordot(weights / weights.sum(), _stacked(updates, name), 1) for name in updates[0]}
 
@@ -81,29 +81,35 @@ def krum(updates: Sequence[Mapping[str, Array]], settings: Krum) -> list[int]:
     return sorted(np.argsort(scores, kind="stable")[:kept].tolist())
 
 
-def bounded(updates: Sequence[Mapping[str, Array]], settings: Bounded, rows: Collection[str]) -> list[dict[str, Array]]:
-    """Return the updates, each shortened to what is usual: as a whole, and for each item.
+def shortened(updates: Sequence[Mapping[str, Array]], factor: float) -> list[Params]:
+    """Return the updates, those longer than so many times the usual length shortened to it.
 
-    No node is left out, so a taste that few share still counts; but nobody moves the model, or one item, much further
-    than the others do. What is usual is the median over nodes, and for an item the median over the nodes that moved it
-    (over all items and nodes, where fewer than three did): it stands however long a minority's updates are.
-    Source: norm clipping, Sun et al. 2019, "Can you really backdoor federated learning?"; per item: ours.
+    What is usual is the median over nodes: it stands however long a minority's updates are.
+    Source: norm clipping, Sun et al. 2019, "Can you really backdoor federated learning?".
     """
     norms = np.array([norm(update) for update in updates])
     usual = float(np.median(norms[norms > 0])) if (norms > 0).any() else 0.0
-    factors = np.minimum(1.0, settings.norm_factor * usual / np.maximum(norms, EPSILON))
+    factors = np.minimum(1.0, factor * usual / np.maximum(norms, EPSILON))
     pairs = zip(updates, factors, strict=True)
-    shortened = [{name: value * factor for name, value in update.items()} for update, factor in pairs]
+    return [{name: value * factor for name, value in update.items()} for update, factor in pairs]
+
+
+def shortened_rows(updates: Sequence[Params], factor: float, rows: Collection[str]) -> list[Params]:
+    """Return the updates, each item's row shortened to so many times its usual length, so that nobody lifts an item far.
+
+    What is usual is the median over the nodes that moved the item (over all items and nodes, where fewer than three did).
+    Most of them moved it as one that was *not* chosen, which moves it little: a small factor takes from honest updates.
+    """
+    found = [dict(update) for update in updates]
     for name in sorted(set(rows) & updates[0].keys()):
-        stacked = _stacked(shortened, name)
+        stacked = _stacked(updates, name)
         flat = stacked.reshape(len(updates), stacked.shape[1], -1)
         lengths = np.sqrt(np.square(flat).sum(2))  # [n, items]
-        limits = settings.item_factor * _usual_lengths(lengths)
-        factor = np.minimum(1.0, limits / np.maximum(lengths, EPSILON))
-        clipped = (flat * factor[:, :, None]).reshape(stacked.shape)
-        for place, update in enumerate(shortened):
+        factors = np.minimum(1.0, factor * _usual_lengths(lengths) / np.maximum(lengths, EPSILON))
+        clipped = (flat * factors[:, :, None]).reshape(stacked.shape)
+        for place, update in enumerate(found):
             update[name] = clipped[place]
-    return shortened
+    return found
 
 
 def in_line(updates: Sequence[Params], share: float, outstanding: float) -> list[int]:

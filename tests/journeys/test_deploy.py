@@ -1,13 +1,17 @@
 """The files for an installation name commands and options that exist; units pass systemd's own check where it is there.
 
-What is not checked: that they run under systemd, Docker or nginx.
+Their start lines run as they stand, in a folder in place of the system's; what holds a unit in its sandbox does not.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
+import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,11 @@ import yaml
 from typer.testing import CliRunner
 
 from fedrec.cli import app
-from tests.support import FEDREC
+from fedrec.server.deployment import DeploymentFolder
+from tests.fleet import free_port, short_folder
+from tests.journeys.test_deployment import SMALL, kinds, until
+from tests.journeys.test_killed_mid_round import kill
+from tests.support import FEDREC, fedrec, small_project
 
 DEPLOY = Path(__file__).resolve().parent.parent.parent / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))
@@ -68,3 +76,55 @@ def test_the_proxy_shows_the_fleet_and_nothing_else() -> None:
     proxy = compose()["services"]["proxy"]
     assert proxy["network_mode"] == "service:server", "Flower stays on the loopback that only the proxy shares"
     assert compose()["services"]["server"]["ports"] == ["443:443"]
+
+
+def settings_of(unit: Path) -> dict[str, str]:
+    """Return the settings of a unit; each stands in it once."""
+    lines = [line for line in unit.read_text(encoding="utf-8").splitlines() if "=" in line and line[0] != "#"]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def as_systemd_starts(unit: Path, lib: Path) -> subprocess.Popen[bytes]:
+    """Start what a unit says, with its environment and nothing else's, in `lib` instead of /var/lib/fedrec."""
+    settings = settings_of(unit)
+    line = settings["ExecStart"].replace("/opt/fedrec/bin/fedrec", str(FEDREC)).replace("/var/lib/fedrec", str(lib))
+    given = dict(pair.split("=", 1) for pair in settings.get("Environment", "").split())
+    with (lib / f"{unit.stem}.log").open("ab") as log:
+        return subprocess.Popen(
+            shlex.split(line), cwd="/", env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", **given}, umask=0o077,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_start_lines_of_the_units_run_and_end_as_the_units_say(tmp_path: Path) -> None:
+    toml = small_project(tmp_path, **SMALL | {"training__base__rounds": 1, "runtime__nodes": 1})
+    with short_folder() as lib, ExitStack() as stack:
+        init = ("server", "init", lib / "deployment", "--experiment", toml, "--data", tmp_path / "data", "--nodes", 1)
+        key = fedrec("releases", "key", "signing.key", root=tmp_path).stdout.strip()
+        gateway = ("gateway", "init", lib / "gateway", "--trust", key, "--port", free_port())
+        for command in ((*init, "--port", free_port(), "--metrics-port", 0), gateway):
+            done = fedrec(*command, root=tmp_path)
+            assert done.returncode == 0, done.stderr
+        folder = DeploymentFolder(lib / "deployment")
+        shutil.copytree(folder.path / "nodes" / "node-1", lib / "node")
+        before = set(lib.iterdir())
+        running = {unit.stem: as_systemd_starts(unit, lib) for unit in UNITS}
+        for process in running.values():
+            stack.callback(process.kill)
+        until(lambda: fedrec("gateway", "status", lib / "gateway", root=tmp_path).returncode == 0, 60, "no gateway")
+        until(lambda: "release" in kinds(folder), 300, (lib / "fedrec-server.log").read_text())
+        kill(running["fedrec-node"])  # Restart=always; KillMode=control-group takes its SuperNode along
+        running["fedrec-node"] = again = as_systemd_starts(DEPLOY / "fedrec-node.service", lib)
+        stack.callback(again.kill)
+        until(lambda: running["fedrec-server"].poll() is not None, 60, "the life of the trial is over")
+        assert running["fedrec-server"].returncode == 0, "Restart=on-failure lets it rest"
+        for name, process in running.items():
+            if process.poll() is None:
+                process.terminate()
+            ended = process.wait(timeout=int(settings_of(DEPLOY / f"{name}.service")["TimeoutStopSec"]))
+            assert ended in (0, -signal.SIGTERM), name  # the latter where it had hardly begun
+        logs = {lib / f"{unit.stem}.log" for unit in UNITS}
+        assert set(lib.iterdir()) == before | logs, "each keeps to the folder that ReadWritePaths names"
+        open_to_others = [path for path in lib.rglob("*") if not path.is_symlink() and os.stat(path).st_mode & 0o007]
+        assert open_to_others == [] or all("ca.crt" in path.name for path in open_to_others)

@@ -1,6 +1,7 @@
 """Twenty devices as processes, their gateway, a SuperNode and a SuperLink with TLS: what `fedrec simulate` computes.
 
-By the commands of docs/gateway.md: once with sums that the gateway adds up, once with masked ones, that it cannot read.
+By the commands of docs/gateway.md: once with sums that the gateway adds up, once with masked ones, that it cannot read;
+and both again with devices that are killed in the middle of a round.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedrec.client.gateway.control import GatewayPool
 from fedrec.client.sdk import Device, Limits
 from fedrec.errors import FedrecError
 from fedrec.params import norm
@@ -25,7 +28,8 @@ from fedrec.random import Key
 from fedrec.server.deployment import DeploymentFolder
 from fedrec.server.registry import Registry
 from tests.fleet import free_port, processes, short_folder, until_seen
-from tests.journeys.test_deployment import Started, until
+from tests.journeys.test_deployment import Started, audit, until
+from tests.journeys.test_killed_mid_round import charges, kill
 from tests.support import fedrec, to_toml
 
 pytestmark = pytest.mark.slow
@@ -40,7 +44,6 @@ SETTINGS: dict[str, Any] = {
         "cohort": {"kind": "poisson", "expected": float(N)},
         "local": {"steps": 1, "learning_rate": 0.5, "clip_norm": 0.5},
         "base": {"rounds": 1},
-        "timeout_seconds": 120.0,
     },
     "evaluation": {"ks": [10], "replicates": 10, "local_only": {"people": 0}},
 }  # fmt: skip
@@ -112,10 +115,38 @@ class Spy(threading.Thread):
         return found
 
 
+Meanwhile = Callable[[Path, list[subprocess.Popen[str]]], None]
+
+
+def calm(gateway: Path, people: list[subprocess.Popen[str]]) -> None:
+    """Let the run be."""
+
+
+def killing(n: int, verb: str, kind: str | None) -> Meanwhile:
+    """Kill so many devices as soon as they are all asked such a thing."""
+
+    def work(gateway: Path, people: list[subprocess.Popen[str]]) -> None:
+        def asked() -> bool:
+            return any((one["verb"], one["kind"]) == (verb, kind) for one in GatewayPool(gateway).status()["open"])
+
+        until(asked, 400, f"nobody was asked to {verb}")
+        for one in people[:n]:
+            kill(one)
+
+    return work
+
+
 @contextmanager
-def deployed(root: Path, limits: Limits, privacy: dict[str, Any] | None) -> Iterator[tuple[DeploymentFolder, Any]]:
+def deployed(
+    root: Path,
+    limits: Limits,
+    privacy: dict[str, Any] | None,
+    timeout_seconds: float = 120.0,
+    meanwhile: Meanwhile = calm,
+) -> Iterator[tuple[DeploymentFolder, Any]]:
     """Run a whole life of the experiment through a gateway; yields the deployment, the devices and the spy."""
     document = {"name": "twenty", **SETTINGS, "data": {"source": str(root / "data")}}
+    document["training"] = SETTINGS["training"] | {"timeout_seconds": timeout_seconds}
     (root / "twenty.toml").write_text(to_toml(document if privacy is None else document | {"privacy": privacy}))
     with short_folder() as gateway:
         key, port = run(root, "releases", "key", "signing.key").strip(), free_port()
@@ -137,6 +168,7 @@ def deployed(root: Path, limits: Limits, privacy: dict[str, Any] | None) -> Iter
             started.append(Started(root, "server", "server", "run", "dep"))
             started.append(Started(root, "node", "node", "dep/nodes/gateway", "--gateway", gateway))
             server = started[1].process
+            meanwhile(gateway, people)
             until(lambda: server.poll() is not None, 1200, started[1].said())
             status = json.loads(run(root, "gateway", "status", gateway, "--json"))
         finally:
@@ -179,6 +211,28 @@ def test_masked_the_release_is_that_of_a_simulation_and_the_gateway_sees_no_cont
             share = vector.astype(np.float64) / 2.0 ** (8 * vector.itemsize)
             assert abs(share.mean() - 0.5) < 6 * np.sqrt(1 / 12 / len(share))
             assert abs(share.var() - 1 / 12) < 6 * np.sqrt(1 / 180 / len(share))
+
+
+def test_devices_killed_in_the_middle_of_a_round_are_not_waited_for_beyond_its_deadline(tmp_path: Path) -> None:
+    with deployed(tmp_path, OPEN, None, 45.0, killing(6, "run", "fit")) as (place, (_, status, _)):
+        fit = next(line for line in status["rounds"] if line["kind"] == "fit")
+        assert fit["asked"] == N
+        assert N - 6 <= fit["answered"] < N
+        [record] = [record for record in audit(place) if record["kind"] == "round"]
+        assert record["clients"] == fit["answered"]
+        assert record["seconds"] < 45 + 30
+        assert record["update_norm"] > 0
+
+
+def test_devices_killed_in_a_masked_sum_leave_a_right_sum_and_a_right_ledger(tmp_path: Path) -> None:
+    with deployed(tmp_path, STRICT, MASKED, 60.0, killing(6, "mask", None)) as (place, (_, status, _)):
+        masks = [line for line in status["rounds"] if line["verb"] == "mask"]
+        assert N - 6 <= masks[0]["answered"] < masks[0]["asked"] == N
+        assert {(line["asked"], line["answered"]) for line in masks[1:]} == {(N - 6, N - 6)}
+        [record] = [record for record in audit(place) if record["kind"] == "round"]
+        assert record["update_norm"] > 0
+        run(tmp_path, "simulate", "twenty.toml", "--out", "here", "--registry", "here-registry")
+        assert charges(tmp_path / "dep") == charges(tmp_path / "here"), "as if everybody had answered"
 
 
 def simulated(root: Path, place: DeploymentFolder, tolerance: float) -> None:

@@ -185,3 +185,23 @@ def test_a_reply_without_a_document_is_an_error() -> None:
     assert "holds no fedrec document" in reply.error
     with pytest.raises(ProtocolError, match="different software"):
         from_record(RecordDict())
+
+
+class Telling(InProcessGrid):
+    """Says itself that a node is gone, as a SuperLink does: the error comes from node 1."""
+
+    def _deliver(self, message: Message) -> Message:
+        reply = super()._deliver(message)
+        if reply.has_error():
+            reply.metadata.__dict__["_src_node_id"] = 1
+        return reply
+
+
+def test_the_grids_own_word_that_a_node_is_gone_is_taken_as_that_nodes_failure() -> None:
+    link = GridLink(Telling(client_app(lambda context: LogPool(DATASET.log, DATASET.catalog)), [{}], {}))
+    window = TimeWindow(start=0, end=2**40)
+    document = CensusRequest(window=window, catalog_digest=DATASET.catalog.digest()).to_bytes()
+    replies = {reply.node: reply for reply in link.exchange("census", {2: document, 7: document}, 5.0)}
+    assert sorted(replies) == [2, 7]
+    assert replies[2].document is not None
+    assert (replies[7].document, replies[7].error) == (None, "the node failed: no such node")

@@ -12,7 +12,7 @@ from fedrec.errors import ConfigError
 from fedrec.learning import Bounded, Krum, Mean, Median, TrimmedMean
 from fedrec.protocol.tally import Tally
 from fedrec.random import Key
-from fedrec.server.robust import bounded, combined, in_line, krum, robust_mean
+from fedrec.server.robust import combined, in_line, krum, robust_mean, shortened, shortened_rows
 from tests.support import small_experiment
 
 N = 20
@@ -77,6 +77,20 @@ def test_who_pushes_one_way_together_is_left_out_however_short_the_push() -> Non
     assert apart > 0.6, "without it, five of fifty undo most of what the others learnt"
 
 
+def test_some_who_promote_one_item_together_are_left_out_before_rows_are_shortened() -> None:
+    random = Key.from_seed(7).numpy()
+    honest = [{"item": random.normal(0.0, 1.0, (40, 5)) * (random.random((40, 1)) < 0.3)} for _ in range(45)]
+    push = np.zeros((40, 5))
+    push[7] = 14.0
+    liars = [{"item": push + random.normal(0.0, 0.1, (40, 5))} for _ in range(5)]
+
+    def lifted(rule: Bounded) -> float:
+        return float(np.linalg.norm(robust_mean([*liars, *honest], np.ones(50), rule, ROWS)["item"][7]))
+
+    assert lifted(Bounded()) < 0.5 * lifted(Bounded(left_out=0.0))
+    assert lifted(Bounded(left_out=0.0, item_factor=2.0)) < 0.9 * lifted(Bounded(left_out=0.0))
+
+
 def test_one_item_is_not_lifted_beyond_what_is_usual() -> None:
     def promoted(update: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         item = np.zeros_like(update["item"])
@@ -84,7 +98,7 @@ def test_one_item_is_not_lifted_beyond_what_is_usual() -> None:
         return {**update, "item": item}
 
     liars = lied(2, promoted)
-    found = bounded(liars, Bounded(norm_factor=2.0, item_factor=1.5), ROWS)
+    found = shortened_rows(shortened(liars, 2.0), 1.5, ROWS)
     usual = np.median([np.linalg.norm(update["item"][2]) for update in found[2:]])
     assert np.linalg.norm(found[0]["item"][2]) <= 1.5 * usual * 1.1
     assert np.linalg.norm(liars[0]["item"][2]) > 3 * usual
