@@ -95,9 +95,9 @@ def shortened(updates: Sequence[Mapping[str, Array]], factor: float) -> list[Par
 
 
 def shortened_rows(updates: Sequence[Params], factor: float, rows: Collection[str]) -> list[Params]:
-    """Return the updates, each item's row shortened to so many times its usual length, so that nobody lifts an item far.
+    """Return the updates, each item's row shortened to so many times its usual length, so nobody lifts an item far.
 
-    What is usual is the median over the nodes that moved the item (over all items and nodes, where fewer than three did).
+    What is usual is the median over the nodes that moved the item (over all items, where fewer than three did).
     Most of them moved it as one that was *not* chosen, which moves it little: a small factor takes from honest updates.
     """
     found = [dict(update) for update in updates]
