@@ -66,7 +66,7 @@ def docstrings(settings: type[BaseModel]) -> dict[str, str]:
         assert isinstance(body, ast.ClassDef)
         for field, said in pairwise(body.body):
             if isinstance(field, ast.AnnAssign) and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant):
-                found[ast.unparse(field.target)] = inspect.cleandoc(str(said.value.value))
+                found[ast.unparse(field.target)] = " ".join(str(said.value.value).split())
     return found
 
 

