@@ -1,4 +1,4 @@
-"""What text and pre-training are good for: adapters against full fine-tuning, newcomers, another domain."""
+"""What text and pre-training are good for: adapters against full fine-tuning, and newcomers."""
 
 from __future__ import annotations
 
@@ -44,8 +44,6 @@ NEW_PEOPLE = (1, 3, 5, 10)
 NEW_SHARE, TIMES = 0.1, 3.0
 """Share of the catalogue, and of the people, that training does not see; what new items must reach, in multiples of
 popularity by genre."""
-HERE = 100
-"""Rounds after the transfer."""
 
 
 @dataclass(frozen=True)
@@ -260,33 +258,3 @@ def _without(whole: Dataset, stay: NDArray[np.int64], n_old: int) -> Dataset:
         offsets, log.item[kept], log.time[kept], log.event[kept], log.value[kept], log.user_ids, log.event_kinds
     )
     return replace(whole, log=left.take_users(np.flatnonzero(left.counts >= 3)), catalog=whole.catalog.prefix(n_old))
-
-
-def transfer(source: str, elsewhere: str, setting: Setting) -> list[Row]:
-    """Pre-train on another data set by text alone, and go on here with no round, or with as many as from scratch."""
-    dataset = load_dataset(source)
-    before = setting.shelf.run(
-        experiment_for(elsewhere, "text_transformer", setting.rounds(elsewhere)), load_dataset(elsewhere)
-    )
-    start = {"registry": str(before.registry)}
-    few = 20 if setting.quick else HERE
-    here = setting.shelf.run(experiment_for(source, "text_transformer", 0, start=start), dataset)
-    begun, scratch = [], []
-    for seed in setting.seeds:
-        begun.append(
-            setting.shelf.run(experiment_for(source, "text_transformer", few, seed=seed, start=start), dataset)
-        )
-        scratch.append(setting.shelf.run(experiment_for(source, "text_transformer", few, seed=seed), dataset))
-    after, fresh = ([one.value() for one in runs] for runs in (begun, scratch))
-    popular, head = here.value("popularity"), f"{source}: learnt on {elsewhere}"
-    return [
-        Row(f"{source}: popularity", popular, UNIT),
-        Row(f"{source}: popularity, 95 % interval high", here.value("popularity", part="high"), UNIT),
-        setting.judge(f"{head}, no round here", here.value(), UNIT, ">=", round(popular, 5)),
-        Row(f"{head}, no round here, 95 % interval low", here.value(part="low"), UNIT),
-        *over_seeds(f"{head}, {few} rounds here", after, UNIT),
-        *over_seeds(f"{source}: {few} rounds from scratch", fresh, UNIT),
-        setting.judge(
-            f"{head}, {few} rounds here, against from scratch", float(np.mean(after)), UNIT, ">=", float(np.mean(fresh))
-        ),
-    ]

@@ -21,6 +21,7 @@ from benchmarks.harness import Row, run
 from benchmarks.kept import Made, shelf
 from benchmarks.leave_one_out import ease
 from benchmarks.peers.personal import PersonalSettings, personal
+from benchmarks.transfer import transfer
 from benchmarks.zoo import MADE, MODELS, TEXTLESS, experiment_for
 from fedrec.data.sources import load_dataset
 
@@ -49,7 +50,7 @@ def parts() -> dict[str, Measure]:
     found["adapters/ml-100k"] = partial(foundation.adapters, "ml-100k", "ml-1m")
     found["adapters/ml-1m"] = partial(foundation.adapters, "ml-1m", "ml-100k")
     found["newcomers/ml-1m"] = partial(foundation.newcomers, "ml-1m")
-    found["transfer/movietweetings-100k"] = partial(foundation.transfer, "movietweetings-100k", "ml-1m")
+    found["transfer/movietweetings-100k"] = partial(transfer, "movietweetings-100k", "ml-1m")
     return found
 
 

@@ -13,6 +13,8 @@ from benchmarks import quality
 from benchmarks.asking import Questions, gains, interval, leave_one_out, over_seeds, standardised
 from benchmarks.foundation import _without, by_genre, newest_last
 from benchmarks.kept import Shelf
+from benchmarks.transfer import everybody, predicted, taken
+from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
 from tests.support import dataset_of, small_experiment, small_rows
 
@@ -94,3 +96,29 @@ def test_parts_are_chosen_by_part_and_by_data_set() -> None:
     assert all(name.startswith("table/ml-100k/") for name in names)
     assert [name for name, _ in quality._chosen([], ["ml-1m/gru"])] == ["table/ml-1m/gru"]
     assert [name for name, _ in quality._chosen(["newcomers"], [])] == ["newcomers/ml-1m"]
+
+
+def test_everybody_is_asked_and_counts_leave_out_the_last_two() -> None:
+    data = dataset_of([("a", f"i{n}", n) for n in range(4)] + [("b", "i0", 9), ("b", "i1", 10), ("c", "i3", 11)])
+    number = data.catalog.number_of
+    last, before = everybody(data), everybody(data, skip=1)
+    assert last.targets == [number["i3"], number["i1"], number["i3"]]
+    assert last.histories[2] == []
+    assert before.targets == [number["i2"], number["i0"]]  # c took one thing only
+    assert before.histories == [last.histories[0][:-1], []]
+    assert taken(data)[[number["i0"], number["i1"]]].tolist() == [1, 1]
+    assert taken(data).sum() == 2
+
+
+def test_popularity_is_told_by_the_text_of_other_items() -> None:
+    n = 200
+    tags = tuple(("loved",) if i % 2 else ("left",) for i in range(n))
+    titles = tuple(f"Title {i} (1990)" for i in range(n))
+    ids = tuple(str(i) for i in range(n))
+    catalog = ItemCatalog(ids, titles, tags, np.zeros(n, np.int64))
+    counts = np.where(np.arange(n) % 2, 50, 2)
+    told = predicted(catalog, counts)
+    assert told[1::2].mean() > told[::2].mean() + 1
+    changed = counts.copy()
+    changed[0] = 10_000  # nobody's own count tells of itself
+    assert predicted(catalog, changed)[0] == told[0]
