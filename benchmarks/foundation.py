@@ -14,6 +14,7 @@ from benchmarks.asking import Questions, estimate, gains, over_seeds, people, sc
 from benchmarks.harness import Row, claim, unclaimed
 from benchmarks.kept import Made, Shelf
 from benchmarks.zoo import experiment_for
+from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.data.features import item_features
 from fedrec.data.log import InteractionLog
@@ -24,19 +25,23 @@ from fedrec.params import Params, n_values
 
 UNIT = "NDCG@10"
 ROUNDS = {"ml-100k": 1500, "ml-1m": 1000, "amazon-video": 1000, "amazon-beauty": 1000, "movietweetings-100k": 600}
-FITTED = {"ml-100k": 1500, "ml-1m": 600}
+LARGE: dict[str, Any] = {"dim": 128, "residual": 4}
+"""The shared model that adapters are for: wider than the other rows' models."""
+LEARNT = {"ml-100k": 500, "ml-1m": 500}
+"""Rounds elsewhere."""
+FITTED = {"ml-100k": 600, "ml-1m": 300}
 """Rounds of adapters and of full fine-tuning."""
-ADAPTERS: dict[str, Any] = {"train": "adapters", "lora": 4}
-EVERYTHING: dict[str, Any] = {"train": "all"}
-PRIVATE_ROUNDS = 60
-PRIVATE: dict[str, Any] = {
-    "cohort": {"kind": "poisson", "expected": 256},
-    "local": {"steps": 1, "learning_rate": 1.0, "clip_norm": 1.0},
-    "server": {"kind": "adam", "learning_rate": 1e-2},
-    "later": {"rounds": 0},
+WAYS: dict[str, dict[str, Any]] = {
+    "full fine-tuning": {**LARGE, "train": "all"},
+    "adapters": {**LARGE, "train": "adapters", "lora": 4},
 }
-"""Fits under noise. The server's step size is, for all parameters and for adapters, the best of 1e-3, 3e-3, 1e-2 and
-3e-2 on the validation item of ML-100K."""
+PRIVATE = {"ml-100k": (60, 256), "ml-1m": (20, 1024)}
+"""Rounds and expected cohort of fits under noise."""
+STEPS = {
+    ("ml-100k", "full fine-tuning"): 1e-2, ("ml-100k", "adapters"): 1e-2,
+    ("ml-1m", "full fine-tuning"): 1e-2, ("ml-1m", "adapters"): 1e-2,
+}  # fmt: skip
+"""The server's step size under noise, the same few for both ways (docs/models.md), by the validation item."""
 KEEPS, MOST_SENT = 0.95, 0.05
 """What adapters must keep of full fine-tuning, and what share of the parameters they may send."""
 EPSILON, DELTA = 8.0, 1e-5
@@ -77,48 +82,55 @@ def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
     """Begin with weights of another domain; train everything, or adapters alone, without and with privacy."""
     dataset = load_dataset(source)
     before = setting.shelf.run(
-        experiment_for(elsewhere, "text_transformer", setting.rounds(elsewhere)), load_dataset(elsewhere)
+        experiment_for(elsewhere, "text_transformer", 60 if setting.quick else LEARNT[elsewhere], model=LARGE),
+        load_dataset(elsewhere),
     )
     start = {"registry": str(before.registry)}
-    rows, found, private = [], {}, {}
-    for name, model in (("full fine-tuning", EVERYTHING), ("adapters", ADAPTERS)):
+    rows, found, under = [], {}, {}
+    for name, model in WAYS.items():
         exact, noised = [], []
-        for seed in setting.seeds:
-            rounds = 60 if setting.quick else FITTED[source]
-            wanted = experiment_for(source, "text_transformer", rounds, seed=seed, model=model, start=start)
-            exact.append(setting.shelf.run(wanted, dataset))
-            noised.append(setting.shelf.run(_private(source, seed, model, start, setting), dataset))
+        rounds = 60 if setting.quick else FITTED[source]
+        wanted = experiment_for(source, "text_transformer", rounds, model=model, start=start)
+        exact.append(setting.shelf.run(wanted, dataset))
+        for seed in setting.seeds:  # of the noise, and of who takes part
+            noised.append(setting.shelf.run(private(source, name, seed, start, setting.quick), dataset))
         found[name] = [one.value() for one in exact]
-        private[name] = [one.value() for one in noised]
+        under[name] = [one.value() for one in noised]
         head = f"{source}: {name} from {elsewhere}"
         rows += over_seeds(head, found[name], UNIT)
-        rows += over_seeds(f"{head}, epsilon {EPSILON:g}", private[name], UNIT)
+        rows += over_seeds(f"{head}, epsilon {EPSILON:g}", under[name], UNIT)
         rows += _sent(head, exact[0], setting if name == "adapters" else None)
         rows.append(Row(f"{head}, processor time", exact[0].seconds, "s"))
-    here = experiment_for(source, "text_transformer", 0, start=start)
+    here = experiment_for(source, "text_transformer", 0, model=LARGE, start=start)
     rows.append(Row(f"{source}: from {elsewhere}, no round here", setting.shelf.run(here, dataset).value(), UNIT))
     rows.append(Row(f"{source}: popularity", exact[0].value("popularity"), UNIT))
     kept = float(np.mean(found["adapters"]) / np.mean(found["full fine-tuning"]))
-    bound = float(np.mean(private["full fine-tuning"]))
+    bound = float(np.mean(under["full fine-tuning"]))
     words = f"{source}: adapters at epsilon {EPSILON:g}, against full fine-tuning"
     return [
         *rows,
         setting.judge(f"{source}: adapters, share of the quality of full fine-tuning", kept, "ratio", ">=", KEEPS),
-        setting.judge(words, float(np.mean(private["adapters"])), UNIT, ">=", bound),
+        setting.judge(words, float(np.mean(under["adapters"])), UNIT, ">=", bound),
     ]
 
 
-def _private(source: str, seed: int, model: dict[str, Any], start: dict[str, Any], setting: Setting) -> Any:
+def private(source: str, way: str, seed: int, start: dict[str, Any], quick: bool = False) -> Experiment:
     """Return a short fit under noise; popularity counts get a hundredth of the budget."""
-    rounds = 10 if setting.quick else PRIVATE_ROUNDS
-    rate = float(PRIVATE["cohort"]["expected"]) / load_dataset(source).log.n_users
+    rounds, cohort = (10, 64) if quick else PRIVATE[source]
+    rate = cohort / load_dataset(source).log.n_users
     budget = {
         "mode": "central", "epsilon": EPSILON, "delta": DELTA, "noise": "seed", "metrics": "research",
         "fit": rate * math.sqrt(rounds / 0.99), "count": 10.0,
     }  # fmt: skip
-    training = {**PRIVATE, "base": {"rounds": rounds, "warmup": 5, "final": 0.1}}
+    training = {
+        "cohort": {"kind": "poisson", "expected": float(cohort)},
+        "local": {"steps": 1, "learning_rate": 1.0, "clip_norm": 1.0},
+        "server": {"kind": "adam", "learning_rate": STEPS[source, way]},
+        "base": {"rounds": rounds, "warmup": 5, "final": 0.1},
+        "later": {"rounds": 0},
+    }
     return experiment_for(
-        source, "text_transformer", rounds, seed=seed, model=model, start=start, training=training, privacy=budget
+        source, "text_transformer", rounds, seed=seed, model=WAYS[way], start=start, training=training, privacy=budget
     )
 
 

@@ -78,7 +78,7 @@ def experiment_for(
         "model": settings,
         "training": training,
         "evaluation": {"local_only": {"people": local_only}, "ks": [10]},
-        "runtime": {"checkpoint_every": 500},
+        "runtime": {"checkpoint_every": 100},
     }
     return Experiment.parse({**document, **changes})
 

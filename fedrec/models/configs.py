@@ -170,9 +170,9 @@ class TextTransformerConfig(_Attention):
     lora: int = Field(default=0, ge=0)
     """Rank of the adapters beside every linear layer of the blocks and the projection; 0: none."""
     train: Literal["all", "top", "adapters", "head"] = "all"
-    """What rounds train and updates carry: everything but the text; the `top` highest blocks and the head; the adapters
-    with all that is small (biases, norms, recencies, the items' own numbers); or the head alone: the items' own
-    numbers, their mixing and the last norm."""
+    """What rounds train and updates carry: everything but the text; the `top` highest blocks and the head; the outward
+    halves of the adapters with all that is small (biases, norms, recencies, the items' own numbers); or the head alone:
+    the items' own numbers, their mixing and the last norm."""
     top: int = Field(default=1, ge=1)
     """How many blocks are trained with train = "top"."""
 

@@ -9,7 +9,9 @@ from fedrec.models.configs import AnyModelConfig, LanguageConfig, NearestConfig,
 PUBLIC = "text"
 """The table of public item vectors: never trained, and filled in by the server as items join."""
 _SMALL = frozenset({"residual", "start", "moment"})
-_SMALL_ENDS = (".down", ".up", ".bias", ".recency", "norm.weight", "norm1.weight", "norm2.weight")
+_SMALL_ENDS = (".up", ".bias", ".recency", "norm.weight", "norm1.weight", "norm2.weight")
+_SAME_FOR_ALL = "projection.bias"
+"""Moves every item alike, so it hardly tells items apart; yet its gradient would take a third of a clipped update."""
 _HEAD = frozenset({"residual", "mix", "moment", "norm.weight", "norm.bias"})
 
 
@@ -26,7 +28,7 @@ def trains(config: AnyModelConfig, name: str) -> bool:
     if config.train == "all" or name.startswith("heads."):
         return True
     if config.train == "adapters":
-        return name in _SMALL or name.endswith(_SMALL_ENDS)
+        return name in _SMALL or (name.endswith(_SMALL_ENDS) and name != _SAME_FOR_ALL)
     if name in _HEAD:
         return True
     lowest = config.blocks - config.top if config.train == "top" else config.blocks

@@ -178,7 +178,10 @@ class Linear(nn.Module):
 class Adapted(Linear):
     """A linear layer with a low-rank term beside it: ``x W^T + b + (x D^T) U^T``, U = 0 at first.
 
-    Source: Hu et al., ICLR 2022 (LoRA), equation 3, with alpha = r.
+    Where adapters alone are trained, D stays as drawn: under noise U and D would multiply two noises, and D is half of
+    the numbers.
+
+    Source: Hu et al., ICLR 2022 (LoRA), equation 3, with alpha = r; D as drawn: Sun et al., ICLR 2024 (FFA-LoRA).
     """
 
     def __init__(self, n_in: int, n_out: int, key: Key, rank: int) -> None:

@@ -79,7 +79,8 @@ def test_a_private_run_charges_and_noises_what_is_trained_alone(tmp_path: Path) 
     fresh = get_params(
         build(wanted.model, len(params[PUBLIC]), Key.from_seed(wanted.seed).child("model", wanted.model.kind))
     )
-    assert np.array_equal(params["projection.weight"], fresh["projection.weight"])  # and none on what is frozen
+    for name in ("projection.weight", "projection.bias", "projection.down", "blocks.0.widen.down"):
+        assert np.array_equal(params[name], fresh[name]), name  # and none on what is frozen
 
 
 def test_adapters_without_a_rank_and_items_without_text_are_refused() -> None:
