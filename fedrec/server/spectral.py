@@ -112,12 +112,16 @@ def _rows(square: NDArray[np.float32], rank: int, power: float, lowered: float =
     w are the eigenvalues less `lowered`, where that is positive (soft thresholding, the proximal map of the nuclear
     norm: Cai, Candes and Shen, 2010). The power is halved, because a score multiplies two rows.
     """
-    import torch
+    from scipy.linalg import eigh
 
-    values, vectors = (part.numpy() for part in torch.linalg.eigh(torch.from_numpy(square)))
-    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    n = len(square)
+    rows = np.zeros((n, rank), np.float32)
+    if rank == 0:
+        return rows
+    # Only those that are kept: that takes a third of the time of all.
+    values, vectors = eigh(square, subset_by_index=(max(0, n - rank), n - 1))
+    values, vectors = values[::-1], vectors[:, ::-1]
     positive = np.maximum(values - np.float32(lowered), 0.0)
     share = positive / np.maximum(positive.max(initial=0.0), 1e-30)
-    rows = np.zeros((len(square), rank), np.float32)
     rows[:, : len(values)] = vectors * np.where(positive > 0, share ** (power / 2), 0.0)
     return rows
