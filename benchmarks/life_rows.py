@@ -26,7 +26,7 @@ RECENCY = {"f3crec": 1.0, "movietweetings": 0.1, "amazon-video": 0.2}
 """What part of older blocks' counts is kept in the statistic's popularity."""
 FOLLOW = {"f3crec": "all", "movietweetings": "new", "amazon-video": "all"}
 """Which items are laid anew in the statistic's geometry at every block."""
-ROUNDS = {"f3crec": (40, 14), "movietweetings": (20, 8), "amazon-video": (30, 12)}
+ROUNDS = {"f3crec": (40, 14), "movietweetings": (60, 8), "amazon-video": (30, 12)}
 """Of ours, in the base and in later blocks: what a third of the retraining's time allows beside the statistic."""
 WEIGHTS = {"f3crec": [0.2, 0.5, 1.0], "movietweetings": [0.2, 0.5, 1.0, 2.0], "amazon-video": [0.2, 0.5, 1.0]}
 """How much of the fit validation may take."""
@@ -124,6 +124,7 @@ def parts_of_ours(name: str) -> dict[str, dict[str, Any]]:
     """Return changes that take a part of ours away, do it another way, or add one."""
     other = {"all": "new", "new": "all"}[FOLLOW[name]]
     found: dict[str, dict[str, Any]] = {
+        "without the statistic": {"model": fitted(name)["model"], "training": {"statistics": None}},
         "without replay": {"training": {"local": {"replay": 0.0}}},
         "without history-aware negatives": {"training": {"local": LIKES}},
         "without the statistic's geometry": {"model": {"start": "fresh"}},
