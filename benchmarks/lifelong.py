@@ -281,6 +281,12 @@ def private_rows(table: Table, judge: Callable[..., Row]) -> list[Row]:
         judge(f"{name}: ours over DP-popularity at lifetime eps 8, slice {i}", float(value), "x", ">=", 1.0)
         for i, value in enumerate(mine / theirs)
     ]
+    if len(seeds) > 1:
+        worst = np.min(np.divide(release, popular), axis=0)
+        rows += [
+            Row(f"{name}: the same, slice {i}, least of {len(seeds)} seeds", float(value), "x")
+            for i, value in enumerate(worst)
+        ]
     spent = max(one.releases[-1]["epsilon"] for one in lives)
     return [*rows, judge(f"{name}: epsilon spent over the life", spent, "epsilon", "<=", 8.0)]
 

@@ -35,12 +35,14 @@ def adopt(work: Work) -> Work:
 
     With that one, the mixes of the prior's own parts are tried in the same way.
 
+    In a slice in which nobody did anything the weight of the slice before stays.
+
     In a private run every weight that is tried costs one noised release of metrics, whatever `privacy.metrics` says:
     the choice shows in the release.
     """
     state, recipe = work.state, work.recipe
     model = recipe.experiment.model
-    if not isinstance(model, BlendConfig):
+    if not isinstance(model, BlendConfig) or "weight" in state.adoption:
         return work
     contenders = {
         f"weight {weight:g}": Contender(model, blended(state.prior, state.released, weight))

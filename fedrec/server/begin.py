@@ -66,7 +66,8 @@ def _begun(work: Work, roster: Roster) -> Work:
     if experiment.training.statistics is not None:
         statistic, prior, params, gathered = _statistic(work, roster, params, total)
         down, up = down + gathered.bytes_down, up + gathered.bytes_up
-        work = work.blamed(gathered.offenders).advanced(statistic=statistic, prior=prior, adoption={})
+        kept = {} if work.roster is None or work.roster.n_clients else {**state.adoption, "tried": {}}
+        work = work.blamed(gathered.offenders).advanced(statistic=statistic, prior=prior, adoption=kept)
     return work.advanced(
         params=params,
         average={},
@@ -149,7 +150,7 @@ def _statistic(work: Work, roster: Roster, params: Params, counts: Array) -> tup
     if isinstance(model, BlendConfig) and model.start == "prior":
         if first:
             params = started(prior, params, model)
-        else:
+        elif roster.n_clients:
             params = (turned if model.follow == "all" else joined)(prior, params, before, model)
     return total, prior, params, got
 

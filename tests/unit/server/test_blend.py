@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.random import Key
 from fedrec.server.adopt import best, sure_gain
 from fedrec.server.guard import planned
+from fedrec.server.lifelong import run_stream
 from fedrec.server.registry import Registry
+from fedrec.server.round import Recipe
 from fedrec.server.run import LEDGER, cut
-from tests.support import dataset_of, merged, small_document, small_rows
+from fedrec.server.state import ServerState
+from fedrec.server.work import Desk
+from tests.support import PoolLink, dataset_of, merged, same_bytes, small_document, small_rows
 
 DATASET = dataset_of(small_rows())
 KEY = Key.from_seed(5)
@@ -63,6 +68,40 @@ def test_a_release_holds_both_parts_and_what_was_tried_stands_in_the_report(tmp_
     assert params["weight"] == pytest.approx(document["releases"][-1]["adoption"]["weight"])
     assert float(np.abs(params["prior.items"]).max()) > 0
     assert params["fitted.item"].shape == (document["releases"][-1]["n_items"], 8)
+
+
+def stored(root: Path, begin: ServerState | None = None) -> tuple[list[ServerState], Registry]:
+    """Live a blend with a device student, from birth or a stored state, and return all states that were stored."""
+    student = {"model": {"kind": "spectral", "item_rank": 2, "feature_rank": 0}, "share": 0.9, "steps": 2}
+    training = {
+        "statistics": {"item_share": 1.0, "feature_share": 0.0, "recency": 0.5}, "local": {"replay": 0.5},
+        "student": student,
+    }  # fmt: skip
+    model = {"prior": {"feature_rank": 0}, "follow": "all"}
+    alone = {"local_only": {"people": 0}}
+    experiment = blend(training=training, model=model, runtime={"checkpoint_every": 1}, evaluation=alone)
+    recipe, states = Recipe(experiment, DATASET.catalog.digest(), lambda: 0.0), list[ServerState]()
+    desk = Desk(Registry(root), DATASET.catalog, states.append, lambda event: None)
+    state = begin or ServerState("small/001", experiment.digest(), recipe.catalog_digest)
+    for _ in run_stream(state, PoolLink(DATASET, 1), cut(experiment, DATASET), recipe, desk):
+        pass
+    return states, desk.registry
+
+
+@pytest.mark.parametrize("places", [(2, 3, 4), pytest.param(range(9), marks=pytest.mark.slow)])
+def test_from_every_state_that_was_stored_a_life_goes_on_to_the_same_bytes(
+    tmp_path: Path, places: Sequence[int]
+) -> None:
+    states, registry = stored(tmp_path / "whole")
+    assert len({(state.slice, state.round) for state in states}) == len(states) > 8
+    for number in places:
+        state = states[number]
+        root = tmp_path / str(number)
+        shutil.copytree(registry.root, root)  # what was published since is published once more
+        again, other = stored(root, ServerState.from_record(*state.to_record()))
+        assert same_bytes(again[-1].prior, states[-1].prior)
+        assert same_bytes(again[-1].params, states[-1].params)
+        assert [one.digest for one in other.list()] == [one.digest for one in registry.list()]
 
 
 def test_every_weight_that_is_tried_is_paid_for_even_where_metrics_are_exact(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedrec.config import Experiment
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import TimeSlice, TimeWindow
 from fedrec.server.lifelong import run_stream
@@ -34,10 +35,18 @@ TAUGHT: dict[str, Any] = {
         "transfer": {"histories": 8, "length": 6},
     },
 }  # fmt: skip
+OURS: dict[str, Any] = {
+    "model": {
+        "kind": "blend", "prior": {"item_rank": 8, "feature_rank": 0}, "weights": [0.5, 1.0], "follow": "all",
+        "fitted": {"kind": "transformer", "dim": 8, "heads": 1, "length": 8},
+    },
+    "training__statistics": {"item_share": 1.0, "feature_share": 0.0, "recency": 0.5},
+    "training__local": {"replay": 0.5},
+}  # fmt: skip
 MODELS = pytest.mark.parametrize(
     "changes",
-    [{}, {"training__ewc": {}, "training__local": {"imitate": 0.5, "replay": 0.5}}, SPECTRAL, TAUGHT],
-    ids=["plain", "guarded", "spectral", "distilled"],
+    [{}, {"training__ewc": {}, "training__local": {"imitate": 0.5, "replay": 0.5}}, SPECTRAL, TAUGHT, OURS],
+    ids=["plain", "guarded", "spectral", "distilled", "blend"],
 )
 
 
@@ -53,12 +62,14 @@ def lived(
     return state, registry
 
 
-def with_gap(dataset: Dataset) -> list[TimeSlice]:
+def with_gap(experiment: Experiment, dataset: Dataset) -> list[TimeSlice]:
     """Return the slices with one more in the middle in which nobody did anything."""
-    first, *later = cut(small_experiment(), dataset)
+    first, *later = cut(experiment, dataset)
     assert isinstance(first.test, TimeWindow)
     edge = first.test.start
-    gap = replace(later[0], train=TimeWindow(start=edge, end=edge), test=first.test, n_items=first.n_items)
+    nothing = TimeWindow(start=edge, end=edge)
+    validation = None if first.validation is None else nothing
+    gap = replace(later[0], train=nothing, validation=validation, test=first.test, n_items=first.n_items)
     return [replace(one, index=i) for i, one in enumerate([first, gap, *later])]
 
 
@@ -67,7 +78,7 @@ def test_a_slice_without_data_is_released_as_its_parent_was_and_life_goes_on(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     dataset = dataset_of(ROWS)
-    state, registry = lived(tmp_path, dataset, changes, with_gap(dataset))
+    state, registry = lived(tmp_path, dataset, changes, with_gap(small_experiment(**changes), dataset))
     assert [record["train_rows"] == 0 for record in state.releases] == [False, True, False, False]
     first, empty = (registry.load(version).params for version in (1, 2))
     for name, value in first.items():
