@@ -111,6 +111,8 @@ class Bounded(_Settings):
     """The mean over clients of updates that are shortened to what is usual, without the nodes that push together."""
 
     kind: Literal["bounded"] = "bounded"
+    one_item: float = Field(default=2.0, ge=1)
+    """Updates are left out of which one item's row makes up more than so many times what it usually does."""
     norm_factor: float = Field(default=1.0, gt=0)
     """Longest update, in medians of the nodes' norms."""
     left_out: float = Field(default=0.1, ge=0, lt=0.5)

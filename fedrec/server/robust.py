@@ -56,7 +56,8 @@ def robust_mean(
         kept = krum(updates, settings)
         return {name: _stacked([updates[place] for place in kept], name).mean(0) for name in updates[0]}
     if isinstance(settings, Bounded):
-        updates = shortened(updates, settings.norm_factor)
+        kept = many_sided(updates, settings.one_item, rows)
+        updates, weights = shortened([updates[place] for place in kept], settings.norm_factor), weights[kept]
         kept = in_line(updates, settings.left_out, settings.outstanding)
         updates, weights = shortened_rows([updates[place] for place in kept], settings.item_factor, rows), weights[kept]
     assert isinstance(settings, Mean | Bounded)
@@ -79,6 +80,24 @@ def krum(updates: Sequence[Mapping[str, Array]], settings: Krum) -> list[int]:
     scores = np.sort(distances, axis=1)[:, : min(near, n - 1)].sum(1)
     kept = max(1, n - liars) if settings.multi else 1
     return sorted(np.argsort(scores, kind="stable")[:kept].tolist())
+
+
+def many_sided(updates: Sequence[Mapping[str, Array]], factor: float, rows: Collection[str]) -> list[int]:
+    """Return the places of the updates that are about many items, as most are.
+
+    The share that the longest row of an item has in the length of an update is compared with the median share: whoever
+    promotes one item sends little else, and then it does not matter how short the rest makes it look.
+    """
+    names = sorted(set(rows) & updates[0].keys())
+    if not names:
+        return list(range(len(updates)))
+    longest = np.array(
+        [max(float(np.sqrt(np.square(_by_row(one[name])).sum(1).max())) for name in names) for one in updates]
+    )
+    norms = np.array([norm(update) for update in updates])
+    shares = longest / np.maximum(norms, EPSILON)
+    usual = float(np.median(shares[norms > 0])) if (norms > 0).any() else 0.0
+    return np.flatnonzero(shares <= factor * usual).tolist()
 
 
 def shortened(updates: Sequence[Mapping[str, Array]], factor: float) -> list[Params]:
@@ -141,6 +160,10 @@ def _usual_lengths(lengths: NDArray[np.float64]) -> NDArray[np.float64]:
     if often.any():
         usual[often] = np.nanmedian(np.where(moved, lengths, np.nan)[:, often], axis=0)
     return usual
+
+
+def _by_row(value: Array) -> Array:
+    return value.reshape(value.shape[0], -1)
 
 
 def _flat(updates: Sequence[Params]) -> NDArray[np.float64]:

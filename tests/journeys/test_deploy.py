@@ -168,7 +168,7 @@ def test_behind_the_proxy_a_node_takes_part_and_nothing_but_the_fleet_answers(tm
         stack.callback(server.end)
         node = Started(tmp_path, "node", "node", "dep/nodes/node-1")
         stack.callback(node.end)
-        until(lambda: "slice" in kinds(folder), 240, server.said() + log.read_text(encoding="utf-8"))
+        until(lambda: "slice" in kinds(folder), 240, f"see {server.log} and {log}")
         trusted = ssl.create_default_context(cafile=str(etc / "ca.crt"))
         for path in ("/", "/health", "/v1/control/", "/v1/control/ListRuns", "/v1/fleet/../control/", "/v1/runtime/"):
             with pytest.raises(urllib.error.HTTPError, match="404") as refused:

@@ -12,7 +12,7 @@ from fedrec.errors import ConfigError
 from fedrec.learning import Bounded, Krum, Mean, Median, TrimmedMean
 from fedrec.protocol.tally import Tally
 from fedrec.random import Key
-from fedrec.server.robust import combined, in_line, krum, robust_mean, shortened, shortened_rows
+from fedrec.server.robust import combined, in_line, krum, many_sided, robust_mean, shortened, shortened_rows
 from tests.support import small_experiment
 
 N = 20
@@ -77,6 +77,20 @@ def test_who_pushes_one_way_together_is_left_out_however_short_the_push() -> Non
     assert apart > 0.6, "without it, five of fifty undo most of what the others learnt"
 
 
+def test_who_sends_little_but_one_item_is_left_out() -> None:
+    def promoted(update: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        item = update["item"] * 0.1
+        item[2] = np.linalg.norm(update["item"])
+        return {"item": item, "start": update["start"] * 0.1}
+
+    assert many_sided(lied(1, promoted), 2.0, ROWS) == list(range(1, N))
+    assert many_sided(UPDATES, 2.0, ROWS) == list(range(N))
+    assert many_sided(lied(1, promoted), 1e6, ROWS) == list(range(N))
+    assert many_sided(lied(1, promoted), 2.0, {"user"}) == list(range(N)), "a model without rows of items"
+    honest = robust_mean(UPDATES[1:], ONES[1:], Bounded(), ROWS)["item"]
+    np.testing.assert_allclose(robust_mean(lied(1, promoted), ONES, Bounded(), ROWS)["item"], honest)
+
+
 def test_some_who_promote_one_item_together_are_left_out_before_rows_are_shortened() -> None:
     random = Key.from_seed(7).numpy()
     honest = [{"item": random.normal(0.0, 1.0, (40, 5)) * (random.random((40, 1)) < 0.3)} for _ in range(45)]
@@ -87,8 +101,10 @@ def test_some_who_promote_one_item_together_are_left_out_before_rows_are_shorten
     def lifted(rule: Bounded) -> float:
         return float(np.linalg.norm(robust_mean([*liars, *honest], np.ones(50), rule, ROWS)["item"][7]))
 
-    assert lifted(Bounded()) < 0.5 * lifted(Bounded(left_out=0.0))
-    assert lifted(Bounded(left_out=0.0, item_factor=2.0)) < 0.9 * lifted(Bounded(left_out=0.0))
+    many = 1e6  # nobody is left out for being about one item alone
+    assert lifted(Bounded(one_item=many)) < 0.5 * lifted(Bounded(one_item=many, left_out=0.0))
+    alone = Bounded(one_item=many, left_out=0.0, item_factor=2.0)
+    assert lifted(alone) < 0.9 * lifted(Bounded(one_item=many, left_out=0.0))
 
 
 def test_one_item_is_not_lifted_beyond_what_is_usual() -> None:
