@@ -156,6 +156,8 @@ def deployed(
         run(root, "releases", "sign", "--first", "--catalog", "data", "--key", "signing.key", "--out", "release.fedrec")
         run(root, "server", "init", "dep", "--experiment", "twenty.toml", "--catalog", "data", "--nodes", 0,
             "--port", free_port(), "--metrics-port", 0, "--signing-key", "signing.key")  # fmt: skip
+        with (root / "dep" / "server.toml").open("a", encoding="utf-8") as file:  # its last table is [signing]
+            file.write(f"cohort_minimum = {N // 2}\n")
         run(root, "server", "add-node", "dep", "gateway")
         place = DeploymentFolder(root / "dep")
         started, people, spy = [], [], Spy(gateway / "spool")
