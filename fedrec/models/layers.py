@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from fedrec.random import Key
 
+REACH = 8.0
+"""Length of the rows of D in `Adapted`. Adam moves all numbers by about the same, so with long rows a step of the few
+numbers of U moves a layer about as far as a step of all its weights would."""
 _STRIDES = (40503, -1640531535, 1013904243)
 
 
@@ -187,7 +190,7 @@ class Adapted(Linear):
     def __init__(self, n_in: int, n_out: int, key: Key, rank: int) -> None:
         """Draw weight and D from `key`."""
         super().__init__(n_in, n_out, key)
-        self.down = nn.Parameter(normal(key.child("down"), (rank, n_in), n_in**-0.5))
+        self.down = nn.Parameter(normal(key.child("down"), (rank, n_in), REACH * n_in**-0.5))
         self.up = nn.Parameter(torch.zeros(n_out, rank))
 
     def forward(self, x: Float[Tensor, "*b l i"]) -> Float[Tensor, "*c l o"]:
