@@ -31,10 +31,9 @@ LEARNT = {"ml-100k": 500, "ml-1m": 500}
 """Rounds elsewhere."""
 FITTED = {"ml-100k": 600, "ml-1m": 300}
 """Rounds of adapters and of full fine-tuning."""
-WAYS: dict[str, dict[str, Any]] = {
-    "full fine-tuning": {**LARGE, "train": "all"},
-    "adapters": {**LARGE, "train": "adapters", "lora": 4},
-}
+WAYS = ("full fine-tuning", "adapters")
+RANKS = {"ml-100k": 4, "ml-1m": 8}
+"""Of the adapters: more people bear more numbers."""
 PRIVATE = {"ml-100k": (60, 256), "ml-1m": (20, 1024)}
 """Rounds and expected cohort of fits under noise."""
 STEPS = {
@@ -87,7 +86,8 @@ def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
     )
     start = {"registry": str(before.registry)}
     rows, found, under = [], {}, {}
-    for name, model in WAYS.items():
+    for name in WAYS:
+        model = fitted(source, name)
         exact, noised = [], []
         rounds = 60 if setting.quick else FITTED[source]
         wanted = experiment_for(source, "text_transformer", rounds, model=model, start=start)
@@ -114,6 +114,13 @@ def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
     ]
 
 
+def fitted(source: str, way: str) -> dict[str, Any]:
+    """Return the model's settings for a way of fine-tuning."""
+    if way == "adapters":
+        return {**LARGE, "train": "adapters", "lora": RANKS[source]}
+    return {**LARGE, "train": "all"}
+
+
 def private(source: str, way: str, seed: int, start: dict[str, Any], quick: bool = False) -> Experiment:
     """Return a short fit under noise; popularity counts get a hundredth of the budget."""
     rounds, cohort = (10, 64) if quick else PRIVATE[source]
@@ -130,7 +137,14 @@ def private(source: str, way: str, seed: int, start: dict[str, Any], quick: bool
         "later": {"rounds": 0},
     }
     return experiment_for(
-        source, "text_transformer", rounds, seed=seed, model=WAYS[way], start=start, training=training, privacy=budget
+        source,
+        "text_transformer",
+        rounds,
+        seed=seed,
+        model=fitted(source, way),
+        start=start,
+        training=training,
+        privacy=budget,
     )
 
 

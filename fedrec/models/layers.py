@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedrec.random import Key
 
-REACH = 8.0
+REACH = 6.0
 """Length of the rows of D in `Adapted`. Adam moves all numbers by about the same, so with long rows a step of the few
 numbers of U moves a layer about as far as a step of all its weights would."""
 _STRIDES = (40503, -1640531535, 1013904243)
