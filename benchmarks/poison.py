@@ -177,9 +177,9 @@ def measure(quick: bool, runs: Runs) -> list[Row]:
         *over(seeds, judge, "nobody lies: bounded, as a share of the mean", ratios, "ratio", ">=", 0.95),
         Row("promoted items: clean exposure, bounded", shown(seeds), "% of lists"),
     ]
-    for lie in progress(("sign-flip",) if quick else CLAIMED, "attacks"):
-        lost = [one.lost(ROBUST, lie, MANY) for one in seeds]
-        rows += over(seeds, judge, f"{lie}, {MANY:.0%} of nodes, bounded", lost, "% of NDCG", "<=", 5.0)
+    for lie, share in steps([(lie, MANY) for lie in (CLAIMED[:1] if quick else CLAIMED)]):
+        lost = [one.lost(ROBUST, lie, share) for one in seeds]
+        rows += over(seeds, judge, f"{lie}, {share:.0%} of nodes, bounded", lost, "% of NDCG", "<=", 5.0)
     if quick:
         return rows
     lifted = [one.lifted(ROBUST, "item promotion", FEW) for one in seeds]

@@ -100,7 +100,7 @@ def many_sided(updates: Sequence[Mapping[str, Array]], factor: float, rows: Coll
     return np.flatnonzero(shares <= factor * usual).tolist()
 
 
-def shortened(updates: Sequence[Mapping[str, Array]], factor: float) -> list[Params]:
+def shortened(updates: Sequence[Mapping[str, Array]], factor: float) -> list[dict[str, Array]]:
     """Return the updates, those longer than so many times the usual length shortened to it.
 
     What is usual is the median over nodes: it stands however long a minority's updates are.
@@ -113,13 +113,13 @@ def shortened(updates: Sequence[Mapping[str, Array]], factor: float) -> list[Par
     return [{name: value * factor for name, value in update.items()} for update, factor in pairs]
 
 
-def shortened_rows(updates: Sequence[Params], factor: float, rows: Collection[str]) -> list[Params]:
+def shortened_rows(updates: Sequence[Params], factor: float, rows: Collection[str]) -> list[dict[str, Array]]:
     """Return the updates, each item's row shortened to so many times its usual length, so nobody lifts an item far.
 
     What is usual is the median over the nodes that moved the item (over all items, where fewer than three did).
     Most of them moved it as one that was *not* chosen, which moves it little: a small factor takes from honest updates.
     """
-    found = [dict(update) for update in updates]
+    found: list[dict[str, Array]] = [dict(update) for update in updates]
     for name in sorted(set(rows) & updates[0].keys()):
         stacked = _stacked(updates, name)
         flat = stacked.reshape(len(updates), stacked.shape[1], -1)
