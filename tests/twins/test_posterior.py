@@ -125,3 +125,17 @@ def test_eigenvalues_are_lowered_by_so_many_deviations_and_small_ones_vanish() -
     rows = spectral_params(statistic, np.ones(3, np.float32), config, None, 3)["items"]
     # 9, 4 and 1 less 4 x 0.5, over the largest, to the power 1 / 2: a score multiplies two rows.
     np.testing.assert_allclose(np.abs(rows), np.diag([1.0, np.sqrt(2 / 7), 0.0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7, 40, 60])
+def test_the_rows_that_are_kept_are_those_of_the_whole_decomposition(rank: int) -> None:
+    pairs = symmetric_noise(40, "whole") + 3.0 * np.eye(40, dtype=np.float32)
+    config = SpectralConfig(item_rank=rank, feature_rank=0, item_power=0.5, caution=0.0)
+    rows = spectral_params({"items": packed(pairs).astype(np.float32)}, np.ones(40, np.float32), config, None, 40)[
+        "items"
+    ]
+    values, vectors = np.linalg.eigh(pairs.astype(np.float64))
+    kept = np.argsort(-values)[:rank]
+    share = np.maximum(values[kept], 0.0) / values.max()
+    assert rows.shape == (40, rank)
+    np.testing.assert_allclose(rows @ rows.T, (vectors[:, kept] * share**0.5) @ vectors[:, kept].T, atol=1e-4)
