@@ -33,6 +33,7 @@ from fedrec.data.cleaning import Dataset
 from fedrec.data.log import InteractionLog
 from fedrec.data.sources import load_dataset
 from fedrec.errors import ConfigError, RunError
+from fedrec.interrupts import ending_with_parent
 from fedrec.privacy.settings import NoPrivacy, Privacy
 from fedrec.protocol.identities import Identities, SecurePolicy
 from fedrec.protocol.signing import read_key
@@ -304,6 +305,7 @@ def start_supernode(settings: NodeSettings, path: Path) -> subprocess.Popen[str]
     return subprocess.Popen(
         command, cwd=path.parent, env={**os.environ, **QUIET, **home, "PATH": search}, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        preexec_fn=ending_with_parent(),  # noqa: PLW1509 (it does one system call)
     )  # fmt: skip
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -60,3 +63,40 @@ def test_other_dropped_errors_are_still_printed() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Exception ignored in" in result.stderr
     assert "ValueError: seen" in result.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a child that its parent is gone")
+@pytest.mark.parametrize("told", [True, False])
+def test_a_child_ends_with_a_parent_that_was_killed(told: bool) -> None:
+    code = """
+import subprocess, sys, time
+from fedrec.interrupts import ending_with_parent
+first = ending_with_parent() if sys.argv[1] == "True" else None
+child = subprocess.Popen(
+    [sys.executable, "-c", "import time; time.sleep(60)"],
+    preexec_fn=first, start_new_session=True, stdout=subprocess.DEVNULL,
+)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code, str(told)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    end = time.monotonic() + (30 if told else 0.5)
+    while alive(child) and time.monotonic() < end:
+        time.sleep(0.05)
+    outlived = alive(child)
+    if outlived:
+        os.kill(child, signal.SIGKILL)
+    assert outlived is not told
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked about does not."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
