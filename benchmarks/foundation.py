@@ -29,7 +29,7 @@ LARGE: dict[str, Any] = {"dim": 128, "residual": 4}
 """The shared model that adapters are for: wider than the other rows' models."""
 LEARNT = {"ml-100k": 500, "ml-1m": 500}
 """Rounds elsewhere."""
-FITTED = {"ml-100k": 600, "ml-1m": 300}
+FITTED = {"ml-100k": 1500, "ml-1m": 300}
 """Rounds of adapters and of full fine-tuning."""
 WAYS = ("full fine-tuning", "adapters")
 RANKS = {"ml-100k": 4, "ml-1m": 8}
@@ -114,10 +114,10 @@ def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
     ]
 
 
-def fitted(source: str, way: str) -> dict[str, Any]:
-    """Return the model's settings for a way of fine-tuning."""
+def fitted(source: str, way: str, noised: bool = False) -> dict[str, Any]:
+    """Return the model's settings for a way of fine-tuning; under noise the outward halves of adapters alone."""
     if way == "adapters":
-        return {**LARGE, "train": "adapters", "lora": RANKS[source]}
+        return {**LARGE, "train": "ffa" if noised else "adapters", "lora": RANKS[source]}
     return {**LARGE, "train": "all"}
 
 
@@ -141,7 +141,7 @@ def private(source: str, way: str, seed: int, start: dict[str, Any], quick: bool
         "text_transformer",
         rounds,
         seed=seed,
-        model=fitted(source, way),
+        model=fitted(source, way, noised=True),
         start=start,
         training=training,
         privacy=budget,

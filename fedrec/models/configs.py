@@ -169,17 +169,18 @@ class TextTransformerConfig(_Attention):
     """How many numbers of its own an item has beside its text: the rank of what is added to the projected vectors."""
     lora: int = Field(default=0, ge=0)
     """Rank of the adapters beside every linear layer of the blocks and the projection; 0: none."""
-    train: Literal["all", "top", "adapters", "head"] = "all"
-    """What rounds train and updates carry: everything but the text; the `top` highest blocks and the head; the outward
-    halves of the adapters with all that is small (biases, norms, recencies, the items' own numbers); or the head alone:
-    the items' own numbers, their mixing and the last norm."""
+    train: Literal["all", "top", "adapters", "ffa", "head"] = "all"
+    """What rounds train and updates carry: everything but the text; the `top` highest blocks and the head; the adapters
+    with all that is small (biases, norms, recencies, the items' own numbers); for training under noise, the same with
+    the adapters' outward halves alone (FFA-LoRA) and without the projection's bias; or the head alone: the items' own
+    numbers, their mixing and the last norm."""
     top: int = Field(default=1, ge=1)
     """How many blocks are trained with train = "top"."""
 
     @model_validator(mode="after")
     def _adapters_are_there(self) -> TextTransformerConfig:
-        if self.train == "adapters" and not self.lora:
-            raise ValueError('train = "adapters" needs adapters; set lora to their rank, for example 4')
+        if self.train in ("adapters", "ffa") and not self.lora:
+            raise ValueError(f'train = "{self.train}" needs adapters; set lora to their rank, for example 4')
         return self
 
 

@@ -27,8 +27,11 @@ def trains(config: AnyModelConfig, name: str) -> bool:
         return False
     if config.train == "all" or name.startswith("heads."):
         return True
+    small = name in _SMALL or name.endswith(_SMALL_ENDS)
     if config.train == "adapters":
-        return name in _SMALL or (name.endswith(_SMALL_ENDS) and name != _SAME_FOR_ALL)
+        return small or name.endswith(".down")
+    if config.train == "ffa":
+        return small and name != _SAME_FOR_ALL
     if name in _HEAD:
         return True
     lowest = config.blocks - config.top if config.train == "top" else config.blocks

@@ -181,8 +181,8 @@ class Linear(nn.Module):
 class Adapted(Linear):
     """A linear layer with a low-rank term beside it: ``x W^T + b + (x D^T) U^T``, U = 0 at first.
 
-    Where adapters alone are trained, D stays as drawn: under noise U and D would multiply two noises, and D is half of
-    the numbers.
+    For training under noise D can stay as drawn (train = "ffa"): U and D would multiply two noises, and D is half of
+    the numbers. Its rows are long, so that a step of U moves the layer as far as a step of all its weights.
 
     Source: Hu et al., ICLR 2022 (LoRA), equation 3, with alpha = r; D as drawn: Sun et al., ICLR 2024 (FFA-LoRA).
     """

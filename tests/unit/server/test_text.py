@@ -34,14 +34,17 @@ def experiment(**changes: Any) -> Experiment:
     return Experiment.parse(merged({**small_document(), "model": MODEL}, changes))
 
 
-def test_frozen_tensors_stay_bit_for_bit_and_new_items_have_their_vectors_at_once(tmp_path: Path) -> None:
-    wanted = experiment(model={"train": "adapters"})
+@pytest.mark.parametrize("train", ["adapters", "ffa"])
+def test_frozen_tensors_stay_bit_for_bit_and_new_items_have_their_vectors_at_once(train: str, tmp_path: Path) -> None:
+    wanted = experiment(model={"train": train})
     document, _ = simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=DATASET)
     registry = Registry(tmp_path / "r")
     first, last = registry.load(1).params, registry.load("newest").params
     trained = set(trainable(wanted.model, first))
     assert {"residual", "blocks.0.widen.up", "projection.up"} <= trained
     assert not trained & {PUBLIC, "projection.weight", "position", "mix", "blocks.0.widen.weight"}
+    both = {"blocks.0.widen.down", "projection.down", "projection.bias"}
+    assert trained & both == (both if train == "adapters" else set())
     n = len(first[PUBLIC])
     assert n < len(last[PUBLIC])
     for name in first:
@@ -55,7 +58,7 @@ def test_frozen_tensors_stay_bit_for_bit_and_new_items_have_their_vectors_at_onc
     assert {"release", "previous", "popularity", "local_only"} <= document["releases"][-1]["rows"].keys()
 
 
-@pytest.mark.parametrize("train", ["all", "adapters"])
+@pytest.mark.parametrize("train", ["all", "adapters", "ffa"])
 def test_only_what_is_trained_is_uploaded(train: str, tmp_path: Path) -> None:
     wanted = experiment(model={"train": train}, split={"later": 0})
     document, _ = simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=DATASET)
@@ -69,7 +72,7 @@ def test_only_what_is_trained_is_uploaded(train: str, tmp_path: Path) -> None:
 
 def test_a_private_run_charges_and_noises_what_is_trained_alone(tmp_path: Path) -> None:
     wanted = experiment(
-        model={"train": "adapters"}, privacy=CENTRAL, training={"cohort": {"expected": 15.0}}, split={"later": 0}
+        model={"train": "ffa"}, privacy=CENTRAL, training={"cohort": {"expected": 15.0}}, split={"later": 0}
     )
     document, _ = simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=DATASET)
     assert document["totals"]["epsilon"] <= 8.0
