@@ -25,8 +25,9 @@ from fedrec.params import Params, n_values
 
 UNIT = "NDCG@10"
 ROUNDS = {"ml-100k": 1500, "ml-1m": 1000, "amazon-video": 1000, "amazon-beauty": 1000, "movietweetings-100k": 600}
-LARGE: dict[str, Any] = {"dim": 128, "residual": 4}
-"""The shared model that adapters are for: wider than the other rows' models."""
+SHAPES: dict[str, dict[str, Any]] = {"": {}, " (wide)": {"dim": 128, "residual": 4}}
+"""The shared models that adapters stand beside: that of the other rows (width 64, 8 numbers for each item), and a wider
+one with half as many numbers for each item."""
 LEARNT = {"ml-100k": 500, "ml-1m": 500}
 """Rounds elsewhere."""
 FITTED = {"ml-100k": 1500, "ml-1m": 300}
@@ -77,51 +78,51 @@ class Setting:
 Measure = Callable[[Setting], list[Row]]
 
 
-def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
+def adapters(source: str, elsewhere: str, shape: str, setting: Setting) -> list[Row]:
     """Begin with weights of another domain; train everything, or adapters alone, without and with privacy."""
     dataset = load_dataset(source)
     before = setting.shelf.run(
-        experiment_for(elsewhere, "text_transformer", 60 if setting.quick else LEARNT[elsewhere], model=LARGE),
+        experiment_for(elsewhere, "text_transformer", 60 if setting.quick else LEARNT[elsewhere], model=SHAPES[shape]),
         load_dataset(elsewhere),
     )
     start = {"registry": str(before.registry)}
-    rows, found, under = [], {}, {}
+    rows, found, under, who = [], {}, {}, f"{source}{shape}"
     for name in WAYS:
-        model = fitted(source, name)
+        model = fitted(source, shape, name)
         exact, noised = [], []
         rounds = 60 if setting.quick else FITTED[source]
         wanted = experiment_for(source, "text_transformer", rounds, model=model, start=start)
         exact.append(setting.shelf.run(wanted, dataset))
         for seed in setting.seeds:  # of the noise, and of who takes part
-            noised.append(setting.shelf.run(private(source, name, seed, start, setting.quick), dataset))
+            noised.append(setting.shelf.run(private(source, shape, name, seed, start, setting.quick), dataset))
         found[name] = [one.value() for one in exact]
         under[name] = [one.value() for one in noised]
-        head = f"{source}: {name} from {elsewhere}"
+        head = f"{who}: {name} from {elsewhere}"
         rows += over_seeds(head, found[name], UNIT)
         rows += over_seeds(f"{head}, epsilon {EPSILON:g}", under[name], UNIT)
         rows += _sent(head, exact[0], setting if name == "adapters" else None)
         rows.append(Row(f"{head}, processor time", exact[0].seconds, "s"))
-    here = experiment_for(source, "text_transformer", 0, model=LARGE, start=start)
-    rows.append(Row(f"{source}: from {elsewhere}, no round here", setting.shelf.run(here, dataset).value(), UNIT))
-    rows.append(Row(f"{source}: popularity", exact[0].value("popularity"), UNIT))
+    here = experiment_for(source, "text_transformer", 0, model=SHAPES[shape], start=start)
+    rows.append(Row(f"{who}: from {elsewhere}, no round here", setting.shelf.run(here, dataset).value(), UNIT))
+    rows.append(Row(f"{who}: popularity", exact[0].value("popularity"), UNIT))
     kept = float(np.mean(found["adapters"]) / np.mean(found["full fine-tuning"]))
     bound = float(np.mean(under["full fine-tuning"]))
-    words = f"{source}: adapters at epsilon {EPSILON:g}, against full fine-tuning"
+    words = f"{who}: adapters at epsilon {EPSILON:g}, against full fine-tuning"
     return [
         *rows,
-        setting.judge(f"{source}: adapters, share of the quality of full fine-tuning", kept, "ratio", ">=", KEEPS),
+        setting.judge(f"{who}: adapters, share of the quality of full fine-tuning", kept, "ratio", ">=", KEEPS),
         setting.judge(words, float(np.mean(under["adapters"])), UNIT, ">=", bound),
     ]
 
 
-def fitted(source: str, way: str, noised: bool = False) -> dict[str, Any]:
+def fitted(source: str, shape: str, way: str, noised: bool = False) -> dict[str, Any]:
     """Return the model's settings for a way of fine-tuning; under noise the outward halves of adapters alone."""
     if way == "adapters":
-        return {**LARGE, "train": "ffa" if noised else "adapters", "lora": RANKS[source]}
-    return {**LARGE, "train": "all"}
+        return {**SHAPES[shape], "train": "ffa" if noised else "adapters", "lora": RANKS[source]}
+    return {**SHAPES[shape], "train": "all"}
 
 
-def private(source: str, way: str, seed: int, start: dict[str, Any], quick: bool = False) -> Experiment:
+def private(source: str, shape: str, way: str, seed: int, start: dict[str, Any], quick: bool = False) -> Experiment:
     """Return a short fit under noise; popularity counts get a hundredth of the budget."""
     rounds, cohort = (10, 64) if quick else PRIVATE[source]
     rate = cohort / load_dataset(source).log.n_users
@@ -141,7 +142,7 @@ def private(source: str, way: str, seed: int, start: dict[str, Any], quick: bool
         "text_transformer",
         rounds,
         seed=seed,
-        model=fitted(source, way, noised=True),
+        model=fitted(source, shape, way, noised=True),
         start=start,
         training=training,
         privacy=budget,

@@ -47,8 +47,9 @@ def parts() -> dict[str, Measure]:
         for kind in ("pfedrec", "gpfedrec"):
             found[f"table/{source}/{kind}"] = partial(_personal, source, kind)
     found["best/ml-1m"] = best
-    found["adapters/ml-100k"] = partial(foundation.adapters, "ml-100k", "ml-1m")
-    found["adapters/ml-1m"] = partial(foundation.adapters, "ml-1m", "ml-100k")
+    for source, elsewhere in (("ml-100k", "ml-1m"), ("ml-1m", "ml-100k")):
+        found[f"adapters/{source}"] = partial(foundation.adapters, source, elsewhere, "")
+        found[f"adapters/{source}/wide"] = partial(foundation.adapters, source, elsewhere, " (wide)")
     found["newcomers/ml-1m"] = partial(foundation.newcomers, "ml-1m")
     found["transfer/movietweetings-100k"] = partial(transfer, "movietweetings-100k", "ml-1m")
     return found
