@@ -18,9 +18,6 @@ from torch import Tensor, nn
 
 from fedrec.random import Key
 
-REACH = 6.0
-"""Length of the rows of D in `Adapted`. Adam moves all numbers by about the same, so with long rows a step of the few
-numbers of U moves a layer about as far as a step of all its weights would."""
 _STRIDES = (40503, -1640531535, 1013904243)
 
 
@@ -182,15 +179,15 @@ class Adapted(Linear):
     """A linear layer with a low-rank term beside it: ``x W^T + b + (x D^T) U^T``, U = 0 at first.
 
     For training under noise D can stay as drawn (train = "ffa"): U and D would multiply two noises, and D is half of
-    the numbers. Its rows are long, so that a step of U moves the layer as far as a step of all its weights.
+    the numbers.
 
     Source: Hu et al., ICLR 2022 (LoRA), equation 3, with alpha = r; D as drawn: Sun et al., ICLR 2024 (FFA-LoRA).
     """
 
-    def __init__(self, n_in: int, n_out: int, key: Key, rank: int) -> None:
-        """Draw weight and D from `key`."""
+    def __init__(self, n_in: int, n_out: int, key: Key, rank: int, reach: float = 1.0) -> None:
+        """Draw weight and D from `key`; a row of D is about `reach` long."""
         super().__init__(n_in, n_out, key)
-        self.down = nn.Parameter(normal(key.child("down"), (rank, n_in), REACH * n_in**-0.5))
+        self.down = nn.Parameter(normal(key.child("down"), (rank, n_in), reach * n_in**-0.5))
         self.up = nn.Parameter(torch.zeros(n_out, rank))
 
     def forward(self, x: Float[Tensor, "*b l i"]) -> Float[Tensor, "*c l o"]:
@@ -198,9 +195,9 @@ class Adapted(Linear):
         return linear(x, self.weight, self.bias) + product(product(x, self.down), self.up)
 
 
-def make_linear(n_in: int, n_out: int, key: Key, rank: int) -> Linear:
-    """Return a linear layer, with adapters of this rank unless it is 0."""
-    return Adapted(n_in, n_out, key, rank) if rank else Linear(n_in, n_out, key)
+def make_linear(n_in: int, n_out: int, key: Key, rank: int, reach: float = 1.0) -> Linear:
+    """Return a linear layer, with adapters of this rank unless it is 0, see `Adapted`."""
+    return Adapted(n_in, n_out, key, rank, reach) if rank else Linear(n_in, n_out, key)
 
 
 class LayerNorm(nn.Module):

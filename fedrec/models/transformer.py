@@ -20,17 +20,18 @@ class Block(nn.Module):
     Attention adds a learned number per head and distance, so that recency counts at every place.
     """
 
-    def __init__(self, config: TransformerConfig | TextTransformerConfig, index: int, key: Key, lora: int = 0) -> None:
+    def __init__(self, config: TransformerConfig | TextTransformerConfig, index: int, key: Key) -> None:
         """Draw the weights from `key` (Xavier)."""
         super().__init__()
+        lora, reach = (config.lora, config.reach) if isinstance(config, TextTransformerConfig) else (0, 1.0)
         d = config.dim
         self.heads, self.dropout, self.site = config.heads, config.dropout, 4 * index + 1
         self.norm1, self.norm2 = LayerNorm(d), LayerNorm(d)
         self.recency = nn.Parameter(torch.zeros(config.heads, config.length))
-        self.query_key_value = make_linear(d, 3 * d, key.child("qkv"), lora)
-        self.project = make_linear(d, d, key.child("project"), lora)
-        self.widen = make_linear(d, config.expand * d, key.child("widen"), lora)
-        self.narrow = make_linear(config.expand * d, d, key.child("narrow"), lora)
+        self.query_key_value = make_linear(d, 3 * d, key.child("qkv"), lora, reach)
+        self.project = make_linear(d, d, key.child("project"), lora, reach)
+        self.widen = make_linear(d, config.expand * d, key.child("widen"), lora, reach)
+        self.narrow = make_linear(config.expand * d, d, key.child("narrow"), lora, reach)
 
     def forward(self, x: Float[Tensor, "b l d"], seeds: Int[Tensor, " b"] | None) -> Float[Tensor, "b l d"]:
         """Apply the block; a position sees itself and those before it."""
@@ -63,9 +64,8 @@ class Transformer(NextItem):
             raise ConfigError(
                 f"model.heads = {config.heads} does not divide model.dim = {config.dim}; choose one that does."
             )
-        lora = config.lora if isinstance(config, TextTransformerConfig) else 0
         self.position = nn.Parameter(normal(key.child("position"), (config.length, config.dim), INITIAL))
-        self.blocks = nn.ModuleList(Block(config, i, key.child("block", i), lora) for i in range(config.blocks))
+        self.blocks = nn.ModuleList(Block(config, i, key.child("block", i)) for i in range(config.blocks))
         self.norm = LayerNorm(config.dim)
 
     def trunk(
