@@ -25,10 +25,10 @@ from fedrec.params import Params, n_values
 
 UNIT = "NDCG@10"
 ROUNDS = {"ml-100k": 1500, "ml-1m": 1000, "amazon-video": 1000, "amazon-beauty": 1000, "movietweetings-100k": 600}
-SHAPES: dict[str, dict[str, Any]] = {"": {}, " (wide)": {"dim": 128, "residual": 4}}
+SHAPES: dict[str, dict[str, Any]] = {" (narrow)": {}, " (wide)": {"dim": 128, "residual": 4}}
 """The shared models that adapters stand beside: that of the other rows (width 64, 8 numbers for each item), and a wider
 one with half as many numbers for each item."""
-LEARNT = {"ml-100k": 500, "ml-1m": 500}
+LEARNT = {" (narrow)": 1000, " (wide)": 500}
 """Rounds elsewhere."""
 FITTED = {"ml-100k": 1500, "ml-1m": 300}
 """Rounds of adapters and of full fine-tuning."""
@@ -82,7 +82,7 @@ def adapters(source: str, elsewhere: str, shape: str, setting: Setting) -> list[
     """Begin with weights of another domain; train everything, or adapters alone, without and with privacy."""
     dataset = load_dataset(source)
     before = setting.shelf.run(
-        experiment_for(elsewhere, "text_transformer", 60 if setting.quick else LEARNT[elsewhere], model=SHAPES[shape]),
+        experiment_for(elsewhere, "text_transformer", 60 if setting.quick else LEARNT[shape], model=SHAPES[shape]),
         load_dataset(elsewhere),
     )
     start = {"registry": str(before.registry)}
