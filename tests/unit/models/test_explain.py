@@ -40,6 +40,7 @@ def test_what_is_called_exact_adds_up_and_the_rest_does_not_depend_on_the_item_o
     for history in HISTORIES:
         found = contributions(config, params, history, [0, 9, 22])
         assert found.history.shape == (3, len(history))
+        assert np.isfinite(found.scores).all()
         np.testing.assert_allclose(found.scores, portable.score(config, params, history)[[0, 9, 22]], rtol=1e-5)
         if found.exact:
             np.testing.assert_allclose(found.history.sum(1) + found.rest, found.scores, atol=1e-6)
