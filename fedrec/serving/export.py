@@ -1,7 +1,8 @@
 """A release as an ONNX graph, for any runtime that reads it: one history in, the scores of all items out.
 
 The graphs say what `portable` says, operation by operation. Input "items" [n] int64 is what `inputs_for` returns,
-output "scores" is [n_items] float32.
+output "scores" is [n_items] float32. A model that looks at the moment of a request has a second input "moment" [m]
+float32, what `ContextConfig.moment` returns; zeros: nothing is known of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fedrec.models.configs import (
     NcfConfig,
     NearestConfig,
     PopularityConfig,
+    SequenceConfig,
     SpectralConfig,
     TextTransformerConfig,
     TransformerConfig,
@@ -70,10 +72,14 @@ def to_onnx(config: AnyModelConfig, params: Params) -> ModelProto:
     graph = _Graph()
     n_items = len(next(value for name, value in params.items() if name.split(".")[-1] in _ROWS))
     graph.node("Identity", _scores(graph, config, params, "items"), out="scores")
+    inputs = [helper.make_tensor_value_info("items", TensorProto.INT64, ["n"])]
+    context = config.context if isinstance(config, SequenceConfig) else None
+    if context is not None:
+        inputs.append(helper.make_tensor_value_info("moment", TensorProto.FLOAT, [context.width]))
     made = helper.make_graph(
         graph.nodes,
         "fedrec",
-        [helper.make_tensor_value_info("items", TensorProto.INT64, ["n"])],
+        inputs,
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [n_items])],
         graph.constants,
     )
@@ -133,6 +139,8 @@ def _scores(g: _Graph, config: AnyModelConfig, params: Params, items: str) -> st
     if isinstance(config, TextTransformerConfig):
         config, params = merged(config, params)
     user = _user(g, config, params, items)
+    if config.context is not None:
+        user = g.node("Add", user, g.node("Unsqueeze", g.node("MatMul", params["moment"], "moment"), [0]))
     if isinstance(config, NcfConfig):
         side = g.node("Gemm", user, params["person.weight"], params["person.bias"], transB=1)  # [1 h]
         inner = g.node("Relu", g.node("Add", params["item"] @ params["thing"].T, side))

@@ -29,7 +29,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedrec.errors import CorruptRelease, FedrecError, RegistryError, RunError, UnknownItem
+from fedrec.errors import ConfigError, CorruptRelease, FedrecError, RegistryError, RunError, UnknownItem
 from fedrec.server.recommend import Recommending
 from fedrec.server.registry import Registry
 from fedrec.server.telemetry import exposition
@@ -61,6 +61,8 @@ class Asking(BaseModel):
     """Further item ids that are not wanted."""
     explain: bool = False
     """Also say what each item of the history adds to each score."""
+    moment: dict[Id, int | Id] | None = None
+    """Hour, weekday, device and place of the request, as `ContextConfig.moment` reads them."""
 
 
 class Served:
@@ -105,10 +107,11 @@ class Served:
 
         Raises:
             UnknownItem: the catalogue does not hold an id.
+            ConfigError: the model knows no such moment.
         """
         began = time.perf_counter()
         ready = self.current()
-        found = ready.recommend(asking.history, asking.k, asking.exclude, asking.explain)
+        found = ready.recommend(asking.history, asking.k, asking.exclude, asking.explain, asking.moment)
         self.count("answered", seconds=time.perf_counter() - began)
         return {
             "release": ready.release.version,
@@ -157,7 +160,7 @@ def web(served: Served) -> Starlette:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"])) or "body"
             return _refused(served, 422, f"{place}: {first['msg']}.")
-        except UnknownItem as error:
+        except (UnknownItem, ConfigError) as error:
             return _refused(served, 422, str(error))
 
     async def items(request: Request) -> Response:

@@ -17,13 +17,17 @@ from urllib.request import Request, urlopen
 import numpy as np
 import pytest
 
+from fedrec.data.context import ContextConfig
 from fedrec.errors import RegistryError, RunError
-from fedrec.models.configs import PopularityConfig
+from fedrec.models.build import build
+from fedrec.models.configs import PopularityConfig, TransformerConfig
+from fedrec.models.recommender import get_params
+from fedrec.random import Key
 from fedrec.server.recommend import recommend
 from fedrec.server.registry import Registry
-from fedrec.serving.http import LARGEST, Served, http_server, serve
+from fedrec.serving.http import LARGEST, Asking, Served, http_server, serve
 from tests.support import FEDREC, environment
-from tests.unit.server.test_recommend import CATALOG, COUNTS
+from tests.unit.server.test_recommend import CATALOG, COUNTS, N, release
 
 TURNED = {"counts": COUNTS["counts"][::-1].copy()}
 
@@ -93,6 +97,20 @@ def test_what_is_excluded_or_known_does_not_come_back(client: Client) -> None:
     assert ids(client.recommend(history=["i1"], exclude=["i8"], k=2)) == ["i3", "i10"]
 
 
+def test_the_moment_counts_where_the_model_looks_at_it(tmp_path: Path) -> None:
+    config = TransformerConfig(dim=4, blocks=1, heads=1, length=5, context=ContextConfig(hours=2))
+    params = get_params(build(config, N, Key.from_seed(0)))
+    params["moment"] = np.array([[1, -1], [2, 0], [0, 1], [-1, 1]], np.float32)
+    released = release(tmp_path, config, params)
+    served, told = Served(Registry(tmp_path)), {}
+    for hour in (6, 18):
+        asking = Asking.model_validate_json(json.dumps({"history": ["i3"], "moment": {"hour": hour}}))
+        told[hour] = served.answer(asking)["items"]
+        expected = recommend(released, ["i3"], 10, moment={"hour": hour})
+        assert told[hour] == [item.to_dict() for item in expected.items]
+    assert told[6] != told[18]
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -100,6 +118,8 @@ def test_what_is_excluded_or_known_does_not_come_back(client: Client) -> None:
         (b'{"history": "i1"}', "history: "),
         (b'{"k": 0}', "k: "),
         (b'{"user": "ann"}', "user: "),
+        (b'{"moment": {"hour": 3}}', "This model does not look at the moment"),
+        (b'{"moment": 3}', "moment: "),
         (b"not JSON", "body: "),
     ],
 )
