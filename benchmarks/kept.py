@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedrec.data.cleaning import Dataset
 from fedrec.errors import RunError
 from fedrec.grid.simulate import simulate
 from fedrec.models.configs import AnyModelConfig
+from fedrec.server.files import write_atomically
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
 from fedrec.server.run import RunFolder
@@ -76,6 +78,15 @@ class Shelf:
         document = json.loads((newest.path / "report.json").read_text("utf-8"))
         seconds = float(json.loads((newest.path / SECONDS).read_text()))
         return Made(experiment.model, document, Registry(registry).load(), registry, seconds)
+
+    def figures(self, name: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Return figures that are made once; the name says all that decides them."""
+        path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps({"name": name, "figures": make()}).encode())
+        found: dict[str, float] = json.loads(path.read_text("utf-8"))["figures"]
+        return found
 
 
 @contextmanager

@@ -6,19 +6,13 @@ import math
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.harness import Row, claim, progress, run, unclaimed
+from benchmarks.peers.ease import ease, item_weights
 from fedrec.config import Experiment
-from fedrec.data.batches import Cohort
-from fedrec.data.cleaning import Dataset
-from fedrec.data.slices import LastWindow, resolve
 from fedrec.data.sources import load_dataset
-from fedrec.evaluation.metrics import evaluate_people
-from fedrec.evaluation.ranking import ItemLists
 from fedrec.grid.simulate import simulate
 from fedrec.learning import StageConfig
 
@@ -58,52 +52,13 @@ def measure(quick: bool) -> list[Row]:
         Row("federated transformer, standard deviation over seeds", float(np.std(found["release"])), unit),
         Row("federated transformer, HR@10", float(np.mean(found["release, HR@10"])), "HR@10"),
         Row("popularity", found["popularity"][0], unit),
-        Row("EASE, centralised, lambda 500", float(ease(dataset, 500.0).mean()), unit),
+        Row("EASE, centralised, lambda 500", float(ease(dataset, item_weights(dataset, 500.0)).mean()), unit),
         claim("local-only (no federation)", float(np.mean(found["local_only"])), unit, "<=", 0.01),
         Row("chance", CHANCE / n_candidates, unit),
         Row("federated transformer, 99 negatives (old papers)", float(np.mean(found["release, 99 negatives"])), unit),
         Row("popularity, 99 negatives (old papers)", found["popularity, 99 negatives"][0], unit),
         Row("seconds per run", float(np.mean(found["seconds"])), "s"),
     ]
-
-
-def ease(dataset: Dataset, regularisation: float) -> NDArray[np.float64]:
-    """Return everybody's NDCG@10 by EASE, trained centrally on what clients train on: ``B = I - P diag(1 / diag P)``.
-
-    Source: Steck, WWW 2019, equation 8.
-    """
-    log, n_items = dataset.log, len(dataset.catalog)
-    users = np.arange(log.n_users, dtype=np.int64)
-    low, high = resolve(log, LastWindow(skip=0, take=1))
-    everyone = Cohort(log, users, users, low, high)
-    known = _lists(everyone, np.zeros_like(low), low)
-    trained = _matrix(_lists(everyone, np.zeros_like(low), np.maximum(high - 2, 0)), n_items)
-    inverse = np.linalg.inv(trained.T @ trained + regularisation * np.eye(n_items))
-    weights = -inverse / np.diag(inverse)
-    np.fill_diagonal(weights, 0.0)
-    scores = (_matrix(known, n_items) @ weights).astype(np.float32)
-    people = evaluate_people(
-        scores,
-        known,
-        _lists(everyone, low, high),
-        n_items,
-        (10,),
-        attributes=dataset.catalog.attribute_matrix,
-        popularity=trained.sum(0),
-    )
-    return np.asarray(people.groups["all"].values[:, people.names.index(METRIC)], np.float64)
-
-
-def _lists(cohort: Cohort, low: NDArray[np.int64], high: NDArray[np.int64]) -> ItemLists:
-    from fedrec.client.evaluator import item_lists
-
-    return item_lists(cohort, low, high)
-
-
-def _matrix(lists: ItemLists, n_items: int) -> NDArray[Any]:
-    matrix = np.zeros((len(lists.offsets) - 1, n_items))
-    matrix[lists.rows, lists.items] = 1.0
-    return matrix
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Row, claim, progress, run, unclaimed
-from benchmarks.leave_one_out import ease
+from benchmarks.peers.ease import ease, item_weights
 from benchmarks.private_choices import CHOICES, EASE, EXACT_SEEDS, FIT_SEEDS, FITS, SEEDS
 from benchmarks.private_fits import combined, exact, fitted, live, quality, update_bytes
 from benchmarks.private_statistics import CHOICE, Bench, Found
@@ -139,7 +139,7 @@ def _exact(name: str, bench: Bench, quick: bool) -> list[Row]:
 
 def ease_found(bench: Bench, regularisation: float) -> Found:
     """Return centralised EASE, with its interval over people."""
-    people = ease(bench.dataset, regularisation)
+    people = ease(bench.dataset, item_weights(bench.dataset, regularisation))
     return Found(float(people.mean()), 1.96 * float(people.std(ddof=1)) / math.sqrt(len(people)))
 
 

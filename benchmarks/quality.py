@@ -6,33 +6,37 @@ import argparse
 import fnmatch
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks import foundation
-from benchmarks.asking import over_seeds
+from benchmarks.asking import interval, over_seeds
 from benchmarks.blending import CENTRAL, REACHED, best, longest
 from benchmarks.foundation import UNIT, Measure, Setting
 from benchmarks.harness import Row, run
 from benchmarks.kept import Made, shelf
-from benchmarks.leave_one_out import ease
-from benchmarks.peers.personal import PersonalSettings, personal
+from benchmarks.peers.ease import ease, item_weights
+from benchmarks.peers.graph import gpfedrec
+from benchmarks.peers.people import Found, PersonalSettings
+from benchmarks.peers.personal import pfedrec
 from benchmarks.transfer import transfer
 from benchmarks.zoo import MADE, MODELS, TEXTLESS, experiment_for
+from fedrec.data.cleaning import Dataset
 from fedrec.data.sources import load_dataset
 
 SOURCES = ("ml-100k", "ml-1m", "amazon-video", "amazon-beauty", "movietweetings-100k")
 LOCAL_ONLY = 200
 """People of the local-only row."""
-EASE_MOST = 4_000
-"""Items up to which EASE is inverted, and every client's own copy of all item vectors is made."""
-PERSONAL_ROUNDS = 100
+LAMBDAS = (10, 50, 250, 500, 1000)
+"""Of EASE."""
 GRAPH_MOST = 2_000
 """People up to which GPFedRec compares everybody's table with everybody else's in each round."""
+Peer = Callable[[Dataset, PersonalSettings, int], Found]
 
 
 def parts() -> dict[str, Measure]:
@@ -92,34 +96,72 @@ def _figures(head: str, made: list[Made]) -> list[Row]:
 
 def _ease(source: str, setting: Setting) -> list[Row]:
     dataset = load_dataset(source)
-    if len(dataset.catalog) > EASE_MOST:
-        print(f"{source}: EASE of {len(dataset.catalog):,} items is left out", file=sys.stderr)
-        return []
-    began = time.process_time()
-    value = float(ease(dataset, 500.0).mean())
-    name = f"{source}: EASE, centralised, lambda 500"
-    return [Row(name, value, UNIT), Row(f"{name}, processor time", time.process_time() - began, "s")]
+    lambdas = LAMBDAS[-1:] if setting.quick else LAMBDAS
+    found = setting.shelf.figures(f"{source}-ease-{lambdas}", partial(_best_ease, dataset, lambdas))
+    head = f"{source}: EASE, centralised"
+    return [
+        Row(head, found["value"], UNIT),
+        *_spread(head, found),
+        Row(f"{head}, HR@10", found["hits"], "HR@10"),
+        Row(f"{head}, lambda, chosen on validation among {', '.join(map(str, lambdas))}", found["lambda"], ""),
+        Row(f"{head}, processor time of one lambda", found["seconds"] / len(lambdas), "s"),
+    ]
+
+
+def _best_ease(dataset: Dataset, lambdas: tuple[int, ...]) -> dict[str, float]:
+    """Return the figures of the lambda that is best on the interaction before the last."""
+    began, chosen, best = time.process_time(), -1.0, {}
+    for one in lambdas:
+        weights = item_weights(dataset, one)
+        before = float(ease(dataset, weights, skip=1).mean())
+        if before > chosen:
+            chosen, best = before, {**_people(ease(dataset, weights)), "lambda": float(one)}
+    return {**best, "chosen": chosen, "seconds": time.process_time() - began}
+
+
+def _people(gains: NDArray[np.float64]) -> dict[str, float]:
+    """Return the mean NDCG@10 over people, its interval, and the mean hit rate."""
+    low, high = interval(gains)
+    return {"value": float(gains.mean()), "low": low, "high": high, "hits": float((gains > 0).mean())}
+
+
+def _spread(head: str, found: dict[str, float], which: str = "") -> list[Row]:
+    return [Row(f"{head}, 95 % interval over people, {end}{which}", found[end], UNIT) for end in ("low", "high")]
 
 
 def _personal(source: str, kind: str, setting: Setting) -> list[Row]:
     dataset = load_dataset(source)
-    if len(dataset.catalog) > EASE_MOST:
-        print(f"{source}: {kind} of {len(dataset.catalog):,} items is left out", file=sys.stderr)
+    n_people, n_items = dataset.log.n_users, len(dataset.catalog)
+    c = PersonalSettings(rounds=5 if setting.quick else PersonalSettings.rounds)
+    if kind == "gpfedrec" and n_people > GRAPH_MOST:
+        size, work = n_people * n_items * c.dim, 4 * n_people**2 * n_items * c.dim
+        print(
+            f"{source}: {kind} is left out: the tables of {n_people:,} people take {4 * size / 1e9:.0f} GB, and to "
+            f"compare and mix them takes {work / 1e12:.0f} trillion operations in each of {c.rounds} rounds",
+            file=sys.stderr,
+        )
         return []
-    if kind == "gpfedrec" and dataset.log.n_users > GRAPH_MOST:
-        print(f"{source}: {kind} of {dataset.log.n_users:,} people is left out", file=sys.stderr)
-        return []
-    began = time.process_time()
-    settings = PersonalSettings(rounds=5 if setting.quick else PERSONAL_ROUNDS, graph=kind == "gpfedrec")
-    ndcg, hits = personal(dataset, settings)
-    head = f"{source}: {'GPFedRec' if settings.graph else 'PFedRec'}, without the leak"
-    sent = 4 * settings.dim * len(dataset.catalog) * dataset.log.n_users * settings.rounds / 1e6
+    peer = gpfedrec if kind == "gpfedrec" else pfedrec
+    found = [
+        setting.shelf.figures(f"{source}-{kind}-{seed}-{c}", partial(_seed_of, peer, dataset, c, seed))
+        for seed in setting.seeds
+    ]
+    head = f"{source}: {'GPFedRec' if kind == 'gpfedrec' else 'PFedRec'}, without the leak"
+    sent = 4 * c.dim * n_items * int((dataset.log.counts > 2).sum()) * c.rounds / 1e6
     return [
-        Row(f"{head} (1 seed)", ndcg, UNIT),
-        Row(f"{head}, HR@10", hits, "HR@10"),
-        Row(f"{head}, processor time", time.process_time() - began, "s"),
+        *over_seeds(head, [one["value"] for one in found], UNIT),
+        *_spread(head, found[0], " (seed 1)"),
+        *over_seeds(f"{head}, HR@10", [one["hits"] for one in found], "HR@10"),
+        Row(f"{head}, round, chosen on validation (seed 1)", found[0]["round"], ""),
+        Row(f"{head}, processor time", float(np.mean([one["seconds"] for one in found])), "s"),
         Row(f"{head}, uploaded by all, whole tables", sent, "MB"),
     ]
+
+
+def _seed_of(peer: Peer, dataset: Dataset, c: PersonalSettings, seed: int) -> dict[str, float]:
+    began = time.process_time()
+    found = peer(dataset, c, seed)
+    return {**_people(found.gains), "round": float(found.round), "seconds": time.process_time() - began}
 
 
 def _chosen(part: list[str], only: list[str]) -> Iterator[tuple[str, Measure]]:

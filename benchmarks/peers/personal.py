@@ -1,129 +1,132 @@
-"""PFedRec and GPFedRec, re-implemented without the leak: negatives know nothing of the held-out items."""
+"""PFedRec, re-implemented without the leak: negatives know nothing of the held-out items."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
-from benchmarks.zoo import quality_of
+from benchmarks.peers.people import Answers, Found, People, PersonalSettings, Samples
 from fedrec.data.cleaning import Dataset
 from fedrec.random import Key
 
-CLIENTS = 256
-"""Clients whose own tables are in memory together."""
 
-
-@dataclass(frozen=True)
-class PersonalSettings:
-    """Settings of the papers' published code.
+@dataclass
+class Personal:
+    """All that the federation holds.
 
     Attributes:
-        rounds: in each, everybody takes part.
-        dim: length of item vectors.
-        negatives: for each positive, uniform over all items outside the client's training set.
-        learning_rate: of the scoring function.
-        item_factor: the item vectors' rate is the learning rate times the number of items times this.
-        batch: samples of one step.
-        graph: GPFedRec: next round each client starts from the mean over clients whose tables are like its own.
+        shared: [n, d] item vectors of the server.
+        weights: [u, d] of everybody's scoring function ``sigmoid(w_u . e_i + b_u)``.
+        biases: [u]
     """
 
-    rounds: int = 100
-    dim: int = 32
-    negatives: int = 4
-    learning_rate: float = 0.1
-    item_factor: float = 80.0
-    batch: int = 256
-    graph: bool = False
+    shared: Tensor
+    weights: Tensor
+    biases: Tensor
+
+    @classmethod
+    def start(cls, n_users: int, n_items: int, dim: int, draws: np.random.Generator) -> Personal:
+        """Draw item vectors from N(0, 1), and one scoring function for all as PyTorch begins a linear layer."""
+        bound = dim**-0.5
+        first = torch.from_numpy(draws.uniform(-bound, bound, dim + 1).astype(np.float32))
+        shared = torch.from_numpy(draws.standard_normal((n_items, dim), np.float32))
+        return cls(shared, first[:dim].repeat(n_users, 1), first[dim].repeat(n_users))
 
 
-def personal(dataset: Dataset, settings: PersonalSettings) -> tuple[float, float]:
-    """Return NDCG@10 and HR@10 on the last interaction of each person, ranked among all items not taken before.
+def pfedrec(dataset: Dataset, c: PersonalSettings, seed: int = 1) -> Found:
+    """Train PFedRec on all but the last two interactions of each person, and rank them.
 
-    The last two interactions are never trained on. Each client keeps its scoring function ``sigmoid(w_u . e_i + b_u)``
-    and its own copy of the item vectors after a round; the server averages the copies.
+    Each client keeps its scoring function and, after a round, its own copy of the item vectors; the server averages the
+    copies. Whoever has nothing to train on takes no part, and scores the server's vectors by the function that all
+    began with.
 
-    Source: Zhang et al., IJCAI 2023 (PFedRec, algorithm 1); Zhang et al., KDD 2024 (GPFedRec, equations 4-6).
+    Source: Zhang et al., IJCAI 2023, algorithm 1; beginnings, order of steps and rates are those of its published code.
     """
-    log, n_items = dataset.log, len(dataset.catalog)
-    histories = [log.history(user) for user in range(log.n_users)]
-    trained = [np.unique(history[:-2]) for history in histories]
-    draws = Key.from_seed(1).child("personal").numpy()
-    shared = torch.from_numpy(draws.normal(0, 0.01, (n_items, settings.dim)).astype(np.float32))
-    weights = torch.from_numpy(draws.uniform(-0.18, 0.18, (log.n_users, settings.dim)).astype(np.float32))
-    biases = torch.zeros(log.n_users)
-    starts: Tensor | None = None
-    lists: list[list[int]] = []
-    for number in range(settings.rounds):
-        total, copies = torch.zeros_like(shared), []
-        last = number == settings.rounds - 1
-        for first in range(0, log.n_users, CLIENTS):
-            block = slice(first, min(first + CLIENTS, log.n_users))
-            own = (shared.expand(block.stop - first, *shared.shape) if starts is None else starts[block]).clone()
-            items, labels, mask = _samples(trained[block], n_items, settings.negatives, draws)
-            _train(own, weights[block], biases[block], items, labels, mask, settings, n_items)
-            total += own.sum(0)
-            if settings.graph:
-                copies.append(own)
-            if last:
-                scores = torch.einsum("cnd,cd->cn", own, weights[block]).numpy()
-                lists += _best(scores, histories[block])
-        shared = total / log.n_users
-        if settings.graph and not last:
-            starts = _by_likeness(torch.cat(copies))
-    targets = [int(history[-1]) for history in histories]
-    hits = float(np.mean([item in own for own, item in zip(lists, targets, strict=True)]))
-    return quality_of(lists, targets), hits
+    draws = Key.from_seed(seed).child("personal").numpy()
+    people = People(dataset, c)
+    state = Personal.start(people.n_users, people.n_items, c.dim, draws)
+    best: Found | None = None
+    for number in range(1, c.rounds + 1):
+        answers = Answers(people) if number % c.every == 0 or number == c.rounds else None
+        play(state, people.samples(draws), c, answers)
+        if answers is not None:
+            best = answers.better(best, number)
+    assert best is not None
+    return best
 
 
-def _samples(
-    trained: list[np.ndarray], n_items: int, negatives: int, draws: np.random.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return [c, s] items, labels and validity, shuffled for each client."""
-    width = max(len(own) for own in trained) * (1 + negatives)
-    items = np.zeros((len(trained), width), np.int64)
-    labels, mask = np.zeros((len(trained), width), np.float32), np.zeros((len(trained), width), np.float32)
-    for row, own in enumerate(trained):
-        outside = np.setdiff1d(np.arange(n_items), own, assume_unique=True)
-        n = len(own) * (1 + negatives)
-        drawn = np.concatenate([own, draws.choice(outside, len(own) * negatives)])
-        order = draws.permutation(n)
-        items[row, :n], mask[row, :n] = drawn[order], 1.0
-        labels[row, :n] = (order < len(own)).astype(np.float32)
-    return torch.from_numpy(items), torch.from_numpy(labels), torch.from_numpy(mask)
+def play(state: Personal, blocks: Iterable[Samples], c: PersonalSettings, answers: Answers | None = None) -> None:
+    """Play one round, in place; `answers` gets everybody's scores, by their own copies of the item vectors.
+
+    A copy differs from the server's vectors in the rows of its samples alone, so those are all that is held.
+    """
+    total, n = torch.zeros_like(state.shared), 0
+    if answers is not None:
+        for users in answers.idle():
+            answers.take(users, state.weights[users] @ state.shared.T)
+    for block in blocks:
+        n += len(block.users)
+        rows, places = _train(state, block, c, total)
+        if answers is not None:
+            own = state.weights[block.users]
+            scores = own @ state.shared.T
+            scores.scatter_(1, block.items, torch.bmm(rows, own[..., None])[..., 0].gather(1, places))
+            answers.take(block.users, scores)
+    state.shared += total / n
 
 
-def _train(
-    own: Tensor, w: Tensor, b: Tensor, items: Tensor, labels: Tensor, mask: Tensor, c: PersonalSettings, n_items: int
-) -> None:
-    """Take one pass, in place: each batch first moves the scoring function, then the item vectors."""
+def _train(state: Personal, block: Samples, c: PersonalSettings, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Take one pass: each batch first moves the scoring function, then the item vectors.
+
+    Returns [c, s, d] rows of the clients' own copies, and [c, s] at which of them each sample's item is; adds the
+    change of all copies to `total`.
+    """
+    n_items = len(state.shared)
     rate = c.learning_rate * n_items * c.item_factor
-    client = torch.arange(len(own))[:, None]
-    for start in range(0, items.shape[1], c.batch):
-        part = slice(start, start + c.batch)
-        number, label, valid = items[:, part], labels[:, part], mask[:, part]
+    n, width = block.items.shape
+    places = _places(block.items, n_items)
+    rows = state.shared[block.items]
+    flat, base = rows.view(n * width, c.dim), torch.arange(n)[:, None] * width
+    w, b = state.weights[block.users], state.biases[block.users]
+    for start in range(0, width, c.batch):
+        part = slice(start, min(start + c.batch, width))
+        place, label, valid = places[:, part], block.labels[:, part], block.valid[:, part]
         count = valid.sum(1, keepdim=True).clamp(min=1.0)
-        vectors = own[client, number]  # [c s d]
-        off = valid * (torch.sigmoid((vectors * w[:, None]).sum(-1) + b[:, None]) - label) / count
-        w -= c.learning_rate * torch.einsum("cs,csd->cd", off, vectors)
-        b -= c.learning_rate * off.sum(1)
-        off = valid * (torch.sigmoid((vectors * w[:, None]).sum(-1) + b[:, None]) - label) / count
-        step = rate * off[..., None] * w[:, None]
-        own.index_put_((client.expand_as(number), number), -step, accumulate=True)
+        where = (base + place).flatten()
+        vectors = flat[where].view(n, -1, c.dim)
+        off = _off(vectors, w, b, label, valid) / count
+        w = w - c.learning_rate * torch.bmm(off[:, None], vectors)[:, 0]
+        b = b - c.learning_rate * off.sum(1)
+        off = _off(vectors, w, b, label, valid) / count
+        summed = torch.zeros(n, width).scatter_add_(1, place, off).gather(1, place)
+        flat[where] = torch.addcmul(vectors, summed[..., None], w[:, None], value=-rate).view(-1, c.dim)
+        total.sub_(_by_item(block.items[:, part], off, w, n_items), alpha=rate)
+    state.weights[block.users], state.biases[block.users] = w, b
+    return rows, places
 
 
-def _by_likeness(copies: Tensor) -> Tensor:
-    """Return each client's mean over the clients whose tables are more like its own than is usual."""
-    flat = torch.nn.functional.normalize((copies - copies.mean(0)).flatten(1), dim=1)
-    likeness = flat @ flat.T
-    near = (likeness > likeness.mean(1, keepdim=True)).float()
-    return ((near / near.sum(1, keepdim=True)) @ copies.flatten(1)).view_as(copies)
+def _off(vectors: Tensor, w: Tensor, b: Tensor, label: Tensor, valid: Tensor) -> Tensor:
+    """Return [c, s] gradients of the binary cross-entropy by the logits."""
+    return valid * (torch.sigmoid(torch.bmm(vectors, w[..., None])[..., 0] + b[:, None]) - label)
 
 
-def _best(scores: np.ndarray, histories: list[np.ndarray]) -> list[list[int]]:
-    for row, history in enumerate(histories):
-        scores[row, history[:-1]] = -np.inf
-    found: list[list[int]] = np.argsort(-scores, axis=1, kind="stable")[:, :10].tolist()
-    return found
+def _places(items: Tensor, n_items: int) -> Tensor:
+    """Return [c, s] one place for each client's item: samples of the same item have the same place."""
+    table = np.empty((len(items), n_items), np.int32)
+    found = items.numpy()
+    row, places = np.arange(len(items))[:, None], np.arange(items.shape[1], dtype=np.int32)
+    table[row, found] = places
+    return torch.from_numpy(table[row, found].astype(np.int64))
+
+
+def _by_item(items: Tensor, off: Tensor, w: Tensor, n_items: int) -> Tensor:
+    """Return [n, d] the sum over samples of ``off * w``, by item."""
+    n, width = items.shape
+    starts = np.arange(0, n * width + 1, width)
+    by_client = csr_array((off.numpy().ravel(), items.numpy().ravel(), starts), (n, n_items))
+    return torch.from_numpy(by_client.T @ w.numpy())

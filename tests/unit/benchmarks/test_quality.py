@@ -13,6 +13,7 @@ from benchmarks import quality
 from benchmarks.asking import Questions, gains, interval, leave_one_out, over_seeds, standardised
 from benchmarks.foundation import _without, by_genre, newest_last
 from benchmarks.kept import Shelf
+from benchmarks.peers.ease import ease, item_weights
 from benchmarks.transfer import everybody, predicted, taken
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
@@ -88,6 +89,28 @@ def test_a_run_is_made_once_and_given_again(tmp_path: Path) -> None:
     assert again.seconds == one.seconds > 0
     assert 0 <= one.value() <= 1
     assert math.isnan(one.value("nobody"))
+
+
+def test_figures_are_made_once_and_kept_by_their_name(tmp_path: Path) -> None:
+    calls: list[float] = []
+
+    def make() -> dict[str, float]:
+        calls.append(1.0)
+        return {"value": float(len(calls))}
+
+    assert Shelf(tmp_path / "s").figures("a", make) == {"value": 1.0}
+    assert Shelf(tmp_path / "s").figures("a", make) == {"value": 1.0}
+    assert Shelf(tmp_path / "s").figures("b", make) == {"value": 2.0}
+
+
+def test_ease_takes_the_lambda_that_is_best_on_the_item_before_the_last() -> None:
+    data = dataset_of(small_rows())
+    before = {one: ease(data, item_weights(data, one), skip=1).mean() for one in (1, 10, 1000)}
+    assert len(set(before.values())) > 1
+    best = max(before, key=lambda one: before[one])
+    found = quality._best_ease(data, (1, 10, 1000))
+    assert (found["lambda"], found["chosen"]) == (best, before[best])
+    assert found["value"] == ease(data, item_weights(data, best)).mean()
 
 
 def test_parts_are_chosen_by_part_and_by_data_set() -> None:
