@@ -19,6 +19,7 @@ from fedrec.models.build import restore
 from fedrec.params import Array, Params
 from fedrec.privacy.clip import clip_factors
 from fedrec.protocol.link import Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import FitTask
@@ -151,7 +152,13 @@ class Crowd:
         """Return the ids of all nodes."""
         return list(range(self._n))
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
         """Let every node answer."""
         if verb == "census":
             for node, document in documents.items():
@@ -160,7 +167,8 @@ class Crowd:
                 answer = Census(node=pool.name, n_clients=n_clients, ticket=request.ticket)
                 yield Reply(node, answer.to_bytes())
             return
-        plans = {node: RoundPlan.from_bytes(document) for node, document in documents.items()}
+        held = (freight or Freight()).get
+        plans = {node: RoundPlan.from_bytes(document, held) for node, document in documents.items()}
         honest = {node: plan for node, plan in plans.items() if node not in self._liars}
         first = next(iter(plans.values()))
         fit = isinstance(first.task, FitTask)

@@ -12,6 +12,7 @@ from fedrec.data.cleaning import Dataset
 from fedrec.data.synthetic import checkerboard
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.protocol.link import Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.random import Key
 from fedrec.server.guard import guard_of, user_level
@@ -67,7 +68,13 @@ class Nodes:
         """Return all ids."""
         return sorted(self.pools)
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
         """Answer."""
         for node, document in documents.items():
             pool = self.pools[node]
@@ -76,7 +83,7 @@ class Nodes:
                 n_clients = pool.census(request.window, request.catalog_digest)
                 yield Reply(node, Census(node=pool.name, n_clients=n_clients, ticket=request.ticket).to_bytes())
                 continue
-            plan = self.plans[node] = RoundPlan.from_bytes(document)
+            plan = self.plans[node] = RoundPlan.from_bytes(document, (freight or Freight()).get)
             sent: bytes | None = replace(pool.run(plan), ticket=plan.ticket).to_bytes(plan.coding, pool.name)
             if node in self.change and sent is not None:
                 sent = self.change[node](sent)
@@ -92,9 +99,15 @@ class Repeating(Nodes):
         super().__init__(data, n)
         self.instead = instead
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
         """Answer, and node 101 wrongly."""
-        replies = list(super().exchange(verb, documents, timeout_seconds))
+        replies = list(super().exchange(verb, documents, timeout_seconds, freight))
         if verb == "census":
             return replies
         if not self.instead:

@@ -8,6 +8,7 @@ FedrecError
     WireVersion    it is of another version of fedrec
     TallyRefused   a node's reply failed validation before it was folded
     PlanRefused    a device will not do what a plan asks
+    TensorsMissing a plan names tensors that its receiver does not hold
   GatewayError     a gateway cannot be reached, or will not have a device
   StoreError       a device's store cannot be opened, read or written
   RegistryError    a release or a checkpoint cannot be written, found or trusted
@@ -57,6 +58,19 @@ class TallyRefused(ProtocolError):
 
 class PlanRefused(ProtocolError):
     """A device will not do what a plan asks; nothing was sent."""
+
+
+class TensorsMissing(ProtocolError):
+    """A plan names tensors that are not here; nothing was done, and whoever sent it can send them.
+
+    Attributes:
+        digests: their SHA-256, in hexadecimal.
+    """
+
+    def __init__(self, digests: Iterable[str]) -> None:
+        """Name what is missing."""
+        self.digests = tuple(digests)
+        super().__init__(f"{len(self.digests)} tensors that the plan names are not here; ask its sender for them.")
 
 
 class GatewayError(FedrecError):

@@ -176,7 +176,7 @@ class PoolLink:
     def nodes(self) -> list[int]:
         return list(self.pools)
 
-    def exchange(self, verb: Any, documents: Any, timeout_seconds: float | None) -> Any:
+    def exchange(self, verb: Any, documents: Any, timeout_seconds: float | None, freight: Any = None) -> Any:
         from fedrec.protocol.link import Reply
 
         for node, document in documents.items():

@@ -16,6 +16,7 @@ from fedrec.privacy.mechanism import GaussianMechanism
 from fedrec.privacy.settings import SecureSum
 from fedrec.protocol.identities import SIMULATION, SecurePolicy
 from fedrec.protocol.link import Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Tally
 from fedrec.protocol.task import CountTask
@@ -71,11 +72,18 @@ class SecureLink:
     def nodes(self) -> list[int]:
         return list(self.pools)
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
         self.verbs.append(verb)
+        held = (freight or Freight()).get
         for number, document in documents.items():
             self.told[verb, number] = document
-            node = SecureNode(self.pools[number], self.memory.get(number), self.policies[number])  # type: ignore[arg-type]
+            node = SecureNode(self.pools[number], self.memory.get(number), self.policies[number], held)  # type: ignore[arg-type]
             try:
                 answer = node.answer(verb, self.asked(verb, number, document))
             except FedrecError as error:

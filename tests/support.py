@@ -20,6 +20,7 @@ from fedrec.data.cleaning import Dataset, RawRows, clean
 from fedrec.grid.simulate import simulate
 from fedrec.params import Params
 from fedrec.protocol.link import Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import CensusRequest, RoundPlan
 from fedrec.random import Key
 from fedrec.server.registry import Registry
@@ -150,22 +151,28 @@ class PoolLink:
         """Return the ids of all nodes."""
         return sorted(self.pools)
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
         """Let each node answer, and yield what the test makes of it."""
         found: list[Reply] = []
         for node, document in documents.items():
-            honest = Reply(node, self._answer(verb, self.pools[node], document))
+            honest = Reply(node, self._answer(verb, self.pools[node], document, freight or Freight()))
             found += self.tamper.get(node, lambda verb, reply: [reply])(verb, honest)
         yield from self.order(found)
 
-    def _answer(self, verb: Verb, pool: LogPool, document: bytes) -> bytes:
+    def _answer(self, verb: Verb, pool: LogPool, document: bytes, freight: Freight) -> bytes:
         if verb == "census":
             from fedrec.protocol.plan import Census
 
             request = CensusRequest.from_bytes(document)
             n_clients = pool.census(request.window, request.catalog_digest)
             return Census(node=pool.name, n_clients=n_clients, ticket=request.ticket).to_bytes()
-        self.plans.append(RoundPlan.from_bytes(document))
+        self.plans.append(RoundPlan.from_bytes(document, freight.get))
         plan = self.plans[-1]
         return replace(pool.run(plan), ticket=plan.ticket).to_bytes(plan.coding)
 

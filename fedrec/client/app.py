@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,15 +12,17 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedrec.client.budget import LocalBudget
-from fedrec.client.node import KEY, hosted_policy, hosted_pool
+from fedrec.client.node import KEY, hosted_policy, hosted_pool, hosted_shelf
 from fedrec.client.pool import ClientPool, LogPool
 from fedrec.client.secure import SecureNode
+from fedrec.client.shelf import FOLDER, FolderShelf, MemoryShelf, Shelf, stocked
 from fedrec.config import Experiment
 from fedrec.data.sources import load_dataset
-from fedrec.errors import RunError
-from fedrec.protocol.flower import RECORD, from_record, to_record
+from fedrec.errors import RunError, TensorsMissing
+from fedrec.protocol.flower import RECORD, from_record, parcels_of, to_record
 from fedrec.protocol.identities import SIMULATION, STRICT, SecurePolicy
 from fedrec.protocol.link import Verb
+from fedrec.protocol.parcels import Held, Missing
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.signing import opened
 
@@ -31,22 +33,30 @@ MEMORY = "fedrec-secure"
 class Relay(Protocol):
     """A node that hosts nobody itself: it passes the server's documents on, signatures and all, and answers back."""
 
-    def answer(self, verb: Verb, document: bytes) -> bytes:
-        """Return the answer to one question."""
+    def answer(self, verb: Verb, document: bytes, parcels: Mapping[str, bytes]) -> bytes:
+        """Return the answer to one question; `parcels` are the tensors that came with it, by digest."""
         ...
 
 
 Host = Callable[[Context], ClientPool | Relay]
 
 
-def client_app(pool_for: Host, policy_for: Callable[[Context], SecurePolicy] = lambda context: STRICT) -> ClientApp:
+def client_app(
+    pool_for: Host,
+    policy_for: Callable[[Context], SecurePolicy] = lambda context: STRICT,
+    shelf_for: Callable[[Context], Shelf] | None = None,
+) -> ClientApp:
     """Return a ClientApp whose nodes host the pools, or relay to the gateways, that `pool_for` gives.
 
     Args:
         pool_for: the pool of a node, or its gateway.
         policy_for: on what the node insists in secure sums; without it, it refuses noise from a seed.
+        shelf_for: where a node keeps the tensors that plans name; without it, in memory that all its nodes share.
     """
-    made = ClientApp()
+    made, shared = ClientApp(), MemoryShelf()
+
+    def held(message: Message, context: Context) -> Held:
+        return stocked(shared if shelf_for is None else shelf_for(context), parcels_of(message.content))
 
     @made.query("census")
     def census(message: Message, context: Context) -> Message:
@@ -62,17 +72,23 @@ def client_app(pool_for: Host, policy_for: Callable[[Context], SecurePolicy] = l
         pool = pool_for(context)
         if not isinstance(pool, ClientPool):
             return _relayed(pool, "run", message)
-        plan = RoundPlan.from_bytes(_document(message))
+        try:
+            plan = RoundPlan.from_bytes(_document(message), held(message, context))
+        except TensorsMissing as error:
+            return _reply(message, Missing(digests=error.digests).to_bytes())
         tally = replace(pool.run(plan), ticket=plan.ticket)
         return _reply(message, tally.to_bytes(plan.coding, pool.name))
 
     for verb in SECURE:
-        made.train(verb)(_phase(verb, pool_for, policy_for))
+        made.train(verb)(_phase(verb, pool_for, policy_for, held))
     return made
 
 
 def _phase(
-    verb: Verb, pool_for: Host, policy_for: Callable[[Context], SecurePolicy]
+    verb: Verb,
+    pool_for: Host,
+    policy_for: Callable[[Context], SecurePolicy],
+    held: Callable[[Message, Context], Held],
 ) -> Callable[[Message, Context], Message]:
     """Return how a node answers in one phase of a secure sum; between them its secrets stay in its Flower context."""
 
@@ -82,8 +98,11 @@ def _phase(
             return _relayed(pool, verb, message)
         kept = context.state.get(MEMORY)
         memory = None if kept is None else from_record(RecordDict({RECORD: kept}))
-        node = SecureNode(pool, memory, policy_for(context))
-        document = node.answer(verb, _document(message))
+        node = SecureNode(pool, memory, policy_for(context), held(message, context))
+        try:
+            document = node.answer(verb, _document(message))
+        except TensorsMissing as error:  # nothing was done, so nothing is to be remembered
+            return _reply(message, Missing(digests=error.digests).to_bytes())
         context.state[MEMORY] = to_record(node.memory)[RECORD]
         return _reply(message, document)
 
@@ -96,7 +115,7 @@ def _document(message: Message) -> bytes:
 
 
 def _relayed(relay: Relay, verb: Verb, message: Message) -> Message:
-    return _reply(message, relay.answer(verb, from_record(message.content)))
+    return _reply(message, relay.answer(verb, from_record(message.content), parcels_of(message.content)))
 
 
 def _reply(message: Message, document: bytes) -> Message:
@@ -117,6 +136,14 @@ def configured_policy(context: Context) -> SecurePolicy:
     """Return on what the node insists that a ``node.toml`` describes; a simulated one takes noise from a seed."""
     settings = context.node_config.get(KEY)
     return SIMULATION if settings is None else hosted_policy(Path(str(settings)))
+
+
+def configured_shelf(context: Context) -> Shelf:
+    """Return where a node keeps tensors: beside its ``node.toml``, or beside the runs of a simulation."""
+    settings = context.node_config.get(KEY)
+    if settings is not None:
+        return hosted_shelf(Path(str(settings)))
+    return FolderShelf(Path(str(context.run_config.get("out", "runs"))) / FOLDER)
 
 
 def simulated_pool(context: Context) -> LogPool:
@@ -145,4 +172,4 @@ def _partition(experiment: str, partition: int, n_partitions: int, out: str) -> 
     return LogPool.partition(dataset.log, dataset.catalog, partition, n_partitions, settings.runtime.engine, budget)
 
 
-app = client_app(configured_pool, configured_policy)
+app = client_app(configured_pool, configured_policy, configured_shelf)

@@ -12,7 +12,7 @@ from fedrec.data.batches import Batch
 from fedrec.errors import ProtocolError
 from fedrec.models.build import restore
 from fedrec.models.recommender import Recommender, Taught
-from fedrec.protocol.plan import RoundPlan
+from fedrec.protocol.plan import TEACHER, RoundPlan
 from fedrec.protocol.task import FisherTask, LocalTraining
 
 
@@ -32,8 +32,8 @@ class Lesson:
 
 
 ALONE = Lesson()
-TEACHER, FREQUENT = "teacher/", "frequent"
-"""Inputs of a plan that a lesson is made of."""
+FREQUENT = "frequent"
+"""The input of a plan that marks frequent items; the teacher's begin with `TEACHER`."""
 
 
 def lesson_of(plan: RoundPlan) -> Lesson:

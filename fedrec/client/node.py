@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fedrec.checkup import Finding, disk, is_private, look, port_answers
 from fedrec.client.budget import LocalBudget
 from fedrec.client.pool import ClientPool, Engine, LogPool
+from fedrec.client.shelf import MOST_BYTES, FolderShelf
 from fedrec.data.catalog import ItemCatalog
 from fedrec.data.cleaning import Dataset
 from fedrec.data.log import InteractionLog
@@ -93,6 +94,10 @@ class NodeSettings(BaseModel):
     """In mode "local": what the clients here insist on, whatever the server asks for."""
     ledgers: str = "ledgers"
     """Where the clients' own ledgers are kept in mode "local"."""
+    tensors: str = "tensors"
+    """Where the tensors are kept that plans name and do not carry again, such as the frozen part of a model."""
+    tensors_bytes: int = Field(default=MOST_BYTES, ge=0)
+    """What they may take on the disk; those that were used longest ago make room, and are sent again when needed."""
     identity: str | None = None
     """In mode "distributed": an Ed25519 key in PEM with which the node signs who takes part; None: it signs nothing."""
     identities: str | None = None
@@ -142,6 +147,16 @@ def hosted_policy(path: Path) -> SecurePolicy:
         None if settings.identities is None else Identities.load(folder / settings.identities),
         settings.seeded_noise,
     )
+
+
+def hosted_shelf(path: Path) -> FolderShelf:
+    """Return where the node of a ``node.toml`` keeps tensors.
+
+    Raises:
+        ConfigError: the file makes no sense.
+    """
+    settings = NodeSettings.load(path)
+    return FolderShelf(path.parent / settings.tensors, settings.tensors_bytes)
 
 
 def hosted_pool(path: Path) -> ClientPool | GatewayPool:

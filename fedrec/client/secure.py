@@ -21,6 +21,7 @@ from fedrec.privacy.terms import Terms
 from fedrec.protocol import wire
 from fedrec.protocol.identities import IDENTITY_BYTES, STRICT, SecurePolicy, signed, verify
 from fedrec.protocol.link import Verb
+from fedrec.protocol.parcels import Held, nothing
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import (
     AdvertiseReply,
@@ -48,9 +49,11 @@ class SecureNode:
     of one node go into one masked sum, in which the masks between them cancel, so those are not computed.
     """
 
-    def __init__(self, pool: ClientPool, memory: bytes | None = None, policy: SecurePolicy = STRICT) -> None:
-        """Go on from `memory`, or start."""
-        self._pool, self._policy = pool, policy
+    def __init__(
+        self, pool: ClientPool, memory: bytes | None = None, policy: SecurePolicy = STRICT, held: Held = nothing
+    ) -> None:
+        """Go on from `memory`, or start; `held` gives the tensors that plans name."""
+        self._pool, self._policy, self._held = pool, policy, held
         self._speakers, self._speaker_of = np.zeros((0, IDENTITY_BYTES), np.uint8), np.zeros(0, np.int64)
         self._sessions: list[str] = []
         self._terms: Terms | None = None
@@ -63,6 +66,7 @@ class SecureNode:
 
         Raises:
             MaskingError: the question is out of turn, a replay, for another round, or asks for what must not be told.
+            TensorsMissing: its plan names tensors that are not held; it can be asked again.
             ProtocolError: it is malformed.
         """
         answers: dict[str, Callable[[bytes], bytes]] = {
@@ -116,7 +120,7 @@ class SecureNode:
 
     def _mask(self, request: MaskRequest) -> MaskReply:
         parties, terms = self._called(request.session, request.parties), self._known_terms
-        plan = RoundPlan.from_bytes(opened(request.plan.tobytes()))
+        plan = RoundPlan.from_bytes(opened(request.plan.tobytes()), self._held)
         if (plan.slice, plan.round) != (terms.slice, terms.round):
             raise MaskingError(
                 f"The plan is for round {plan.round} of slice {plan.slice}, the keys for round {terms.round} of slice "

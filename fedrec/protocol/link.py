@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from fedrec.protocol.parcels import Freight
+
 Verb = Literal["census", "run", "advertise", "share", "mask", "unmask"]
 """What can be asked of a node; the last four are the phases of a secure sum."""
 
@@ -26,6 +28,19 @@ class Link(Protocol):
         """Return the ids of the nodes that are there now."""
         ...
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
-        """Send, and yield the replies as they arrive; a node that does not answer in time yields none."""
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
+        """Send, and yield the replies as they arrive; a node that does not answer in time yields none.
+
+        Args:
+            verb: what is asked.
+            documents: node -> what it is asked.
+            timeout_seconds: how long to wait; None: until all have answered.
+            freight: the tensors that the documents name, for nodes that lack them.
+        """
         ...

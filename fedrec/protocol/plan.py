@@ -1,10 +1,13 @@
-"""`RoundPlan`: what the server asks of one node, complete: a node needs nothing else to do its part."""
+"""`RoundPlan`: what the server asks of one node, complete: a node needs nothing else to do its part.
+
+What is the same in round after round, such as the frozen part of a model, a plan can name instead of carrying it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +18,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedrec.data.slices import Window
 from fedrec.errors import ProtocolError
 from fedrec.models.configs import AnyModelConfig, ModelConfig
+from fedrec.models.freeze import trains
 from fedrec.params import Array, Params, digest
 from fedrec.protocol import wire
-from fedrec.protocol.codec import F32, AnyCodec, Codec, Coding, Float, Plain, Sparse, from_half, to_half
+from fedrec.protocol.codec import AnyCodec, Codec, Coding, Float, Plain, Sparse, from_half
+from fedrec.protocol.parcels import LEAST_BYTES, Freight, Held, Named, found, nothing, rounded
 from fedrec.protocol.task import AnyTask, CooccurrenceTask, FitTask, Task
 from fedrec.random import Key
 
 MAX_CLIENTS = 100_000_000
 """More clients than a node can host; a larger census is a fault or an attack."""
 MAX_TICKET = 64
+MOST_NAMED = 100_000
+TEACHER = "teacher/"
+"""Inputs of this prefix are the release that a whole slice imitates."""
 _SLOTS, _MODEL, _INPUT = "slots", "model/", "input/"
 _DOWN = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
 
@@ -40,6 +48,7 @@ class _Header(BaseModel):
     codec: Codec
     download: Float
     ticket: str = Field(default="", max_length=MAX_TICKET)
+    named: dict[str, Named] = Field(default_factory=dict, max_length=MOST_NAMED)
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,24 @@ class RoundPlan:
             return Coding(Sparse(), self.n_items * (self.n_items + 1) // 2, self.key)
         return Coding(self.codec if isinstance(self.task, FitTask) else Plain(), self.n_items, self.key)
 
-    def to_bytes(self) -> bytes:
-        """Return the plan in the wire format."""
-        tensors = {_MODEL + name: _packed(value, self.download) for name, value in self.params.items()}
-        tensors |= {_INPUT + name: value for name, value in self.inputs.items()}
-        return wire.pack("plan", self._header, {**tensors, _SLOTS: self.slots})
+    def to_bytes(self, freight: Freight | None = None) -> bytes:
+        """Return the plan in the wire format.
+
+        Args:
+            freight: takes along what the plan then names only; None: the plan carries everything.
+        """
+        tensors, named = dict[str, Array](), dict[str, Any]()
+        for prefix, form, group in ((_MODEL, self.download, self.params), (_INPUT, "float32", self.inputs)):
+            for name, value in group.items():
+                if freight is None or value.nbytes < LEAST_BYTES or not self._stays(prefix, name):
+                    tensors[prefix + name] = rounded(value, form)
+                else:
+                    named[prefix + name] = freight.load(value, form).model_dump(mode="json")
+        return wire.pack("plan", {**self._header, "named": named}, {**tensors, _SLOTS: self.slots})
+
+    def _stays(self, prefix: str, name: str) -> bool:
+        """Return whether a tensor is likely to be the same in the next plan."""
+        return name.startswith(TEACHER) if prefix == _INPUT else not trains(self.model, name)
 
     @property
     def digest(self) -> str:
@@ -113,8 +135,34 @@ class RoundPlan:
         }
 
     @classmethod
-    def from_bytes(cls, document: bytes) -> RoundPlan:
+    def from_bytes(cls, document: bytes, held: Held = nothing) -> RoundPlan:
         """Return the plan that `to_bytes` wrote.
+
+        Args:
+            document: the plan.
+            held: gives the parcels that the plan may name.
+
+        Raises:
+            TensorsMissing: the plan names tensors that are not held.
+            ProtocolError: the document is not a plan of this version.
+        """
+        plan, named = cls.outline(document)
+        if not named:
+            return plan
+        arrived = found(named.values(), held)
+        half = _DOWN.get(plan.download)
+        params, inputs = dict(plan.params), dict(plan.inputs)
+        for name, one in named.items():
+            value = arrived[one.sha256]
+            if name.startswith(_MODEL):
+                params[name.removeprefix(_MODEL)] = from_half(value) if value.dtype == half else value
+            else:
+                inputs[name.removeprefix(_INPUT)] = value
+        return replace(plan, params=params, inputs=inputs)
+
+    @classmethod
+    def outline(cls, document: bytes) -> tuple[RoundPlan, dict[str, Named]]:
+        """Return the plan without the tensors that it only names, and their names.
 
         Raises:
             ProtocolError: the document is not a plan of this version.
@@ -127,9 +175,12 @@ class RoundPlan:
             raise ProtocolError(f"The plan is malformed: {error}") from error
         if slots.ndim != 1 or slots.dtype != np.int64:
             raise ProtocolError(f"The plan is malformed: its slots are {slots.dtype}{slots.shape}, not int64[k].")
-        odd = [name for name in tensors if not name.startswith((_MODEL, _INPUT))]
+        odd = [name for name in (*tensors, *header.named) if not name.startswith((_MODEL, _INPUT))]
         if odd:
             raise ProtocolError(f"The plan is malformed: nobody knows what its tensor '{odd[0]}' is for.")
+        twice = tensors.keys() & header.named.keys()
+        if twice:
+            raise ProtocolError(f"The plan is malformed: it carries '{min(twice)}' and names it, too.")
         half = _DOWN.get(header.download)
         params = {
             name.removeprefix(_MODEL): from_half(value) if value.dtype == half else value
@@ -137,14 +188,11 @@ class RoundPlan:
             if name.startswith(_MODEL)
         }
         inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
-        return cls(
+        plan = cls(
             header.slice, header.round, header.task, header.model, header.n_items, params, key,
             header.catalog_digest, slots, inputs, header.codec, header.download, header.ticket,
         )  # fmt: skip
-
-
-def _packed(value: Array, download: Float) -> Array:
-    return value if download == "float32" or value.dtype != F32 else to_half(value, download)
+        return plan, header.named
 
 
 class CensusRequest(BaseModel):

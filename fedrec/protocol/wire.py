@@ -18,7 +18,7 @@ from safetensors.numpy import load, save
 from fedrec.errors import ProtocolError, WireVersion
 from fedrec.params import Array, Params
 
-VERSION = 2
+VERSION = 3
 MAX_HEADER_BYTES = 64 << 20
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -15,6 +15,7 @@ from fedrec.data.sources import load_dataset
 from fedrec.errors import FedrecError, ProtocolError, RunError
 from fedrec.protocol.flower import from_record, to_record
 from fedrec.protocol.link import Reply, Verb
+from fedrec.protocol.parcels import Freight, Missing
 from fedrec.server.deployed import run_deployed
 from fedrec.server.deployment import DeploymentFolder
 from fedrec.server.registry import Registry
@@ -29,11 +30,16 @@ MESSAGE_TYPES: Mapping[Verb, str] = {
     "mask": "train.mask",
     "unmask": "train.unmask",
 }
+MOST_HELD = 1000
+"""Of so many tensors a link remembers that a node holds them; more are sent again."""
 
 
 @dataclass(frozen=True)
 class GridLink:
     """A Flower Grid as a `Link`: in-process, Ray or SuperLink, it makes no difference.
+
+    A node is sent a tensor once: when it has answered a plan that names it, it is known to hold it. One that lost it
+    says so, and is asked again in the same exchange, with what it lacks.
 
     Attributes:
         grid: carries the messages.
@@ -42,17 +48,51 @@ class GridLink:
 
     grid: Grid
     deadline_seconds: float | None = None
+    _held: dict[int, dict[str, None]] = field(default_factory=dict, repr=False, compare=False)
 
     def nodes(self) -> list[int]:
         """Return the ids of the nodes that are connected."""
         return sorted(self.grid.get_node_ids())
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
-        """Send one message to each node and yield the replies; an error reply carries its reason."""
-        messages = [
-            Message(to_record(document), dst_node_id=node, message_type=MESSAGE_TYPES[verb])
-            for node, document in documents.items()
-        ]
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
+        """Send one message to each node and yield the replies; an error reply carries its reason.
+
+        Who lacks tensors gets as long as everybody had, for its first answer has come already.
+        """
+        freight = freight or Freight()
+        beside = {node: freight.parcels.keys() - self._held.get(node, {}).keys() for node in documents}
+        again: dict[int, Collection[str]] = {}
+        for reply in self._sent(verb, documents, beside, freight, timeout_seconds):
+            lacked = _lacked(reply, freight)
+            if lacked and reply.node in documents and reply.node not in again:
+                again[reply.node] = lacked
+                self._forget(reply.node, lacked)
+            else:
+                yield self._heard(reply, lacked, freight)
+        if again:
+            freight.n_bytes += sum(len(documents[node]) for node in again)
+            for reply in self._sent(verb, {n: documents[n] for n in again}, again, freight, timeout_seconds):
+                yield self._heard(reply, _lacked(reply, freight), freight)
+
+    def _sent(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        beside: Mapping[int, Collection[str]],
+        freight: Freight,
+        timeout_seconds: float | None,
+    ) -> Iterable[Reply]:
+        messages = []
+        for node, document in documents.items():
+            parcels = {sha256: freight.get(sha256) or b"" for sha256 in sorted(beside[node])}
+            freight.n_bytes += sum(map(len, parcels.values()))
+            messages.append(Message(to_record(document, parcels), dst_node_id=node, message_type=MESSAGE_TYPES[verb]))
         sent = [message.metadata for message in messages]
         for reply in self.grid.send_and_receive(messages, timeout=timeout_seconds or self.deadline_seconds):
             node = reply.metadata.src_node_id
@@ -67,6 +107,24 @@ class GridLink:
             except ProtocolError as error:
                 yield Reply(node, None, str(error))
 
+    def _heard(self, reply: Reply, lacked: Collection[str], freight: Freight) -> Reply:
+        """Note what a node holds by its answer, and return the answer."""
+        if lacked:
+            self._forget(reply.node, lacked)
+            return Reply(reply.node, None, f"it lacks {len(lacked)} tensors that it has just been sent")
+        if reply.document is not None and freight.parcels:
+            held = self._held.setdefault(reply.node, {})
+            for sha256 in freight.parcels:
+                held.pop(sha256, None)
+                held[sha256] = None
+            for sha256 in list(held)[: max(0, len(held) - max(MOST_HELD, len(freight.parcels)))]:
+                del held[sha256]
+        return reply
+
+    def _forget(self, node: int, lacked: Collection[str]) -> None:
+        for sha256 in lacked:
+            self._held.get(node, {}).pop(sha256, None)
+
     def wait_for(self, n_nodes: int, timeout_seconds: float = 120.0) -> None:
         """Return when so many nodes are connected.
 
@@ -78,6 +136,15 @@ class GridLink:
             if time.monotonic() > deadline:
                 raise RunError(f"{len(found)} of {n_nodes} nodes are connected after {timeout_seconds:.0f} s.")
             time.sleep(0.2)
+
+
+def _lacked(reply: Reply, freight: Freight) -> Collection[str]:
+    """Return the digests of what a node says it lacks; none if it answers, or says what no honest node says."""
+    try:
+        missing = None if reply.document is None else Missing.from_bytes(reply.document)
+    except ProtocolError:
+        return ()
+    return missing.digests if missing is not None and set(missing.digests) <= freight.parcels.keys() else ()
 
 
 def server_app(main: Callable[[GridLink, Context], None]) -> ServerApp:

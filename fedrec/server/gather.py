@@ -15,6 +15,7 @@ from fedrec.evaluation.asked import row_bounds
 from fedrec.params import Accumulator, Params
 from fedrec.protocol.codec import Shapes
 from fedrec.protocol.link import Link
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.tally import Expectation, Tally
 
@@ -86,7 +87,7 @@ class Gathered:
         stats: plain numbers summed over them.
         cohort: how many clients were asked.
         refused: which nodes were not folded, and why.
-        bytes_down: bytes of all documents sent.
+        bytes_down: bytes of all documents sent, and of the tensors that went beside them.
         bytes_up: bytes of all documents received.
         offenders: ids of the nodes that sent what no honest node sends.
     """
@@ -143,11 +144,12 @@ def gather(
     roster, slots = ask.roster, ask.roster.slots(places)
     # A ticket from the system's randomness: nobody can know it beforehand, and nothing that is computed depends on it.
     plans = {node: replace(ask.plan_for(own), ticket=secrets.token_hex(TICKET_BYTES)) for node, own in slots.items()}
-    documents = {node: plan.to_bytes() for node, plan in plans.items()}
+    freight = Freight()
+    documents = {node: plan.to_bytes(freight) for node, plan in plans.items()}
     fold, bytes_up = _Fold(), 0
     tallies: dict[int, Tally] = {}
     silent = set(slots)
-    for reply in ask.link.exchange("run", documents, ask.timeout_seconds):
+    for reply in ask.link.exchange("run", documents, ask.timeout_seconds, freight):
         if reply.node not in silent:
             fold.refused.append({"node": roster.name(reply.node), "reason": "it answered twice or was not asked"})
             fold.offenders.append(reply.node)
@@ -175,7 +177,7 @@ def gather(
     if slots and not tallies:
         first = fold.refused[0]
         raise RunError(f"Every node failed in this round; the first: {first['node']}: {first['reason']}")
-    sent = sum(len(document) for document in documents.values())
+    sent = sum(len(document) for document in documents.values()) + freight.n_bytes
     found = fold.sums.value() if combine is None else combine([tallies[node] for node in slots if node in tallies])
     sums = dict(sorted(found.items()))  # documents are read in random order, which shows in a norm's last bit
     offenders = tuple(sorted(fold.offenders))

@@ -9,6 +9,7 @@ from fedrec.config import TrainingConfig
 from fedrec.learning import CurriculumConfig, StageConfig
 from fedrec.models.configs import AnyModelConfig, TextTransformerConfig, TransformerConfig
 from fedrec.params import Array
+from fedrec.protocol.plan import TEACHER
 from fedrec.server.state import ServerState
 
 
@@ -21,7 +22,7 @@ def in_stage(model: AnyModelConfig, stage: StageConfig) -> AnyModelConfig:
 
 def lesson_inputs(state: ServerState, training: TrainingConfig, stage: StageConfig) -> dict[str, Array]:
     """Return what a round's plan gives along: the release to imitate, and which items are frequent enough by now."""
-    inputs = {f"teacher/{name}": value for name, value in state.teacher.items()}
+    inputs = {f"{TEACHER}{name}": value for name, value in state.teacher.items()}
     share = pace(training.curriculum, stage, state.round)
     if share < 1.0:
         inputs["frequent"] = frequent(state.counts["counts"], share)

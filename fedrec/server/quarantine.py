@@ -8,6 +8,7 @@ from typing import Any
 
 from fedrec.config import Experiment
 from fedrec.protocol.link import Link, Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.server.state import ServerState
 
 
@@ -22,9 +23,15 @@ class TrustedLink:
         """Return the ids of the nodes that are there and not in quarantine."""
         return [node for node in self.link.nodes() if node not in self.quarantined]
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
         """Send, and yield the replies as they arrive."""
-        return self.link.exchange(verb, documents, timeout_seconds)
+        return self.link.exchange(verb, documents, timeout_seconds, freight)
 
 
 def trusted(link: Link, state: ServerState, experiment: Experiment) -> Link:

@@ -17,6 +17,7 @@ from fedrec.privacy.shares import SHARE_BYTES
 from fedrec.privacy.terms import Terms, agree_on
 from fedrec.protocol.identities import IDENTITY_BYTES, SIGNATURE_BYTES
 from fedrec.protocol.link import Link, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.secure import (
     ADVERT,
     SEALED,
@@ -101,7 +102,9 @@ def secure_gather(
         "advertise", server.advertise_requests(), lambda n, d: server.advertised(n, AdvertiseReply.from_bytes(d))
     )
     talk.phase("share", server.share_requests(), lambda n, d: server.shared(n, ShareReply.from_bytes(d)))
-    talk.phase("mask", server.mask_requests(ask.plan_for), lambda n, d: server.masked(n, MaskReply.from_bytes(d)))
+    freight = Freight()
+    requests = server.mask_requests(ask.plan_for, freight)
+    talk.phase("mask", requests, lambda n, d: server.masked(n, MaskReply.from_bytes(d)), freight)
     talk.phase("unmask", server.unmask_requests(), lambda n, d: server.unmasked(n, UnmaskReply.from_bytes(d)))
     found = unflatten(terms, terms.grid.decode(server.result()))
     k = len(next(iter(server.neighbours.values())))
@@ -138,11 +141,17 @@ class _Talk:
         self.offenders: list[int] = []
         self.bytes_down = self.bytes_up = 0
 
-    def phase(self, verb: Verb, requests: Mapping[int, Request], take: Callable[[int, bytes], None]) -> None:
+    def phase(
+        self,
+        verb: Verb,
+        requests: Mapping[int, Request],
+        take: Callable[[int, bytes], None],
+        freight: Freight | None = None,
+    ) -> None:
         documents = {node: request.to_bytes() for node, request in requests.items()}
         self.bytes_down += sum(len(document) for document in documents.values())
         silent = set(documents)
-        for reply in self._link.exchange(verb, documents, self._timeout):
+        for reply in self._link.exchange(verb, documents, self._timeout, freight):
             try:
                 if reply.node not in silent:
                     raise TallyRefused("it answered twice or was not asked")
@@ -155,6 +164,7 @@ class _Talk:
                 self._refuse(reply.node, f"{verb}: {error}")
                 if reply.document is not None:
                     self.offenders.append(reply.node)
+        self.bytes_down += 0 if freight is None else freight.n_bytes
         for node in sorted(silent):
             self._refuse(node, f"{verb}: it did not answer in time")
 

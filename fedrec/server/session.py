@@ -18,6 +18,7 @@ from fedrec.privacy.masking import KEY_BYTES, KeyPair, Ring, add_mask, commitmen
 from fedrec.privacy.shares import join
 from fedrec.privacy.terms import Terms, degree, ring_neighbours
 from fedrec.protocol.identities import IDENTITY_BYTES, SIGNATURE_BYTES, verify
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import (
     ADVERT,
@@ -147,8 +148,14 @@ class SecureSumServer:
             raise MaskingError("it sends letters of clients that advertised no keys, or not one to each neighbour")
         self._letters.update(zip(numbers, reply.letters, strict=True))
 
-    def mask_requests(self, plan_for: Callable[[NDArray[np.int64]], RoundPlan]) -> dict[int, MaskRequest]:
+    def mask_requests(
+        self, plan_for: Callable[[NDArray[np.int64]], RoundPlan], freight: Freight | None = None
+    ) -> dict[int, MaskRequest]:
         """Return what to ask each node next: for masked contributions to the plan.
+
+        Args:
+            plan_for: the plan for a node's slots.
+            freight: takes along what plans only name; None: they carry everything.
 
         Raises:
             MaskingError: too few clients exchanged keys.
@@ -167,7 +174,7 @@ class SecureSumServer:
                     for n, row in zip(own, rows, strict=True)
                 ]
             )
-            plan = plan_for(_ints(self.slots[int(n)] for n in own)).to_bytes()
+            plan = plan_for(_ints(self.slots[int(n)] for n in own)).to_bytes(freight)
             found[node] = MaskRequest(self.terms.session, own, present, letters, np.frombuffer(plan, np.uint8))
         return found
 

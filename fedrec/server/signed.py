@@ -14,6 +14,7 @@ from fedrec.errors import FedrecError
 from fedrec.privacy.settings import DistributedPrivacy
 from fedrec.protocol import wire
 from fedrec.protocol.link import Link, Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.secure import AdvertiseRequest, MaskRequest
 from fedrec.protocol.signing import Terms, digest_of, public_key, sign
@@ -96,8 +97,16 @@ class SignedLink:
         """Return the ids of the nodes that are there now."""
         return self._link.nodes()
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
-        """Sign, send, and yield the replies as they arrive."""
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
+        """Sign, send, and yield the replies as they arrive; what is signed carries its tensors itself."""
+        if freight is not None and freight.parcels:
+            documents = {node: _whole(verb, document, freight) for node, document in documents.items()}
         if verb == "census" or not documents:
             return self._link.exchange(verb, documents, timeout_seconds)
         promise = self.promise()
@@ -124,6 +133,14 @@ class SignedLink:
             plan = sign("plan", asked.plan.tobytes(), self._key, bound)
             document = replace(asked, plan=np.frombuffer(plan, np.uint8)).to_bytes()
         return sign("phase", document, self._key, terms)
+
+
+def _whole(verb: Verb, document: bytes, freight: Freight) -> bytes:
+    if verb == "run":
+        return RoundPlan.from_bytes(document, freight.get).to_bytes()
+    asked = MaskRequest.from_bytes(document)
+    plan = RoundPlan.from_bytes(asked.plan.tobytes(), freight.get).to_bytes()
+    return replace(asked, plan=np.frombuffer(plan, np.uint8)).to_bytes()
 
 
 def enough(replies: Iterable[Reply], minimum: int) -> list[Reply]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ class GatewayPool:
         """Name the gateway's folder; it is connected to when something is asked."""
         self._folder = folder
 
-    def answer(self, verb: Verb, document: bytes) -> bytes:
+    def answer(self, verb: Verb, document: bytes, parcels: Mapping[str, bytes] | None = None) -> bytes:
         """Return the gateway's answer; it takes as long as its devices, at most until its own deadline.
 
         Raises:

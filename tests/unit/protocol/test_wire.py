@@ -102,8 +102,8 @@ def test_equal_content_gives_equal_bytes_in_every_process() -> None:
 def test_another_kind_and_another_version_are_named() -> None:
     with pytest.raises(ProtocolError, match="Expected a 'plan' document, got a 'greeting'"):
         wire.unpack("plan", DOCUMENT)
-    newer = by_hand({"fedrec": "3", "kind": "greeting", "header": "{}"})
-    with pytest.raises(ProtocolError, match="speaks wire version 3, this fedrec 2; update the older one"):
+    newer = by_hand({"fedrec": "4", "kind": "greeting", "header": "{}"})
+    with pytest.raises(ProtocolError, match="speaks wire version 4, this fedrec 3; update the older one"):
         wire.unpack("greeting", newer)
 
 

@@ -14,6 +14,7 @@ from benchmarks.mutations import mutated
 from fedrec.errors import FedrecError, RunError, TallyRefused
 from fedrec.protocol import wire
 from fedrec.protocol.link import Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import RoundPlan
 from fedrec.server.gather import _opened
 from fedrec.server.lifelong import run_stream
@@ -187,9 +188,15 @@ def test_a_round_below_its_minimum_is_abandoned_and_learns_nothing() -> None:
 class Lazy(PoolLink):
     """Answers one node at a time, so that a round that is full can be closed before the others compute."""
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
         for node, document in documents.items():
-            yield from super().exchange(verb, {node: document}, timeout_seconds)
+            yield from super().exchange(verb, {node: document}, timeout_seconds, freight)
 
 
 def test_with_over_selection_the_round_is_closed_when_it_is_full() -> None:

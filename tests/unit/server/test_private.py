@@ -22,6 +22,7 @@ from fedrec.privacy.accounting import epsilon
 from fedrec.privacy.events import GaussianEvent
 from fedrec.privacy.ledger import PrivacyLedger
 from fedrec.protocol.link import Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.task import CooccurrenceTask, CountTask, EvaluateTask, FitTask
 from fedrec.server.gather import Ask
 from fedrec.server.guard import Guard, calibrated, guard_of, planned, user_level
@@ -87,10 +88,16 @@ def test_the_charge_is_written_before_anybody_is_asked(tmp_path: Path, stack: Ex
     on_disk: list[int] = []
 
     class Watching(PoolLink):
-        def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Any:
+        def exchange(
+            self,
+            verb: Verb,
+            documents: Mapping[int, bytes],
+            timeout_seconds: float | None,
+            freight: Freight | None = None,
+        ) -> Any:
             if verb == "run":
                 on_disk.append(len(PrivacyLedger.read(path).entries()))
-            return super().exchange(verb, documents, timeout_seconds)
+            return super().exchange(verb, documents, timeout_seconds, freight)
 
     link = Watching(DATASET, 2)
     state, roster = fresh(experiment, base, recipe), take_census(link, base.train, recipe)

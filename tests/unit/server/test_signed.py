@@ -12,6 +12,7 @@ from fedrec.data.slices import LastWindow
 from fedrec.errors import RunError
 from fedrec.models.configs import PopularityConfig
 from fedrec.protocol.link import Reply, Verb
+from fedrec.protocol.parcels import Freight
 from fedrec.protocol.plan import CensusRequest, RoundPlan
 from fedrec.protocol.signing import opened, public_key, verify
 from fedrec.protocol.tally import Tally
@@ -34,7 +35,13 @@ class Counting:
     def nodes(self) -> list[int]:
         return list(self.sizes)
 
-    def exchange(self, verb: Verb, documents: Mapping[int, bytes], timeout_seconds: float | None) -> Iterable[Reply]:
+    def exchange(
+        self,
+        verb: Verb,
+        documents: Mapping[int, bytes],
+        timeout_seconds: float | None,
+        freight: Freight | None = None,
+    ) -> Iterable[Reply]:
         for node, document in documents.items():
             self.sent.append((verb, document))
             counts = np.zeros(3, np.float32)
