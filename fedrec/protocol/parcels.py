@@ -1,7 +1,7 @@
 """Tensors that a plan names by what they are, so that whoever holds them already is not sent them again.
 
-A `Parcel` is one tensor as it travels, named by the SHA-256 of its document. The header of a plan, and so its signature,
-binds the names; the parcels themselves travel beside it, once.
+A `Parcel` is one tensor as it travels, named by the SHA-256 of its document. The names are in the header of a plan, so
+its signature binds them; the parcels themselves travel beside it, once.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class GridLink:
     """A Flower Grid as a `Link`: in-process, Ray or SuperLink, it makes no difference.
 
     A node is sent a tensor once: when it has answered a plan that names it, it is known to hold it. One that lost it
-    says so, and is asked again in the same exchange, with what it lacks.
+    says so, and is asked again in the same exchange, with all that the plan names.
 
     Attributes:
         grid: carries the messages.
@@ -67,17 +67,18 @@ class GridLink:
         """
         freight = freight or Freight()
         beside = {node: freight.parcels.keys() - self._held.get(node, {}).keys() for node in documents}
-        again: dict[int, Collection[str]] = {}
+        again: dict[int, bytes] = {}
         for reply in self._sent(verb, documents, beside, freight, timeout_seconds):
             lacked = _lacked(reply, freight)
             if lacked and reply.node in documents and reply.node not in again:
-                again[reply.node] = lacked
+                again[reply.node] = documents[reply.node]
                 self._forget(reply.node, lacked)
             else:
                 yield self._heard(reply, lacked, freight)
         if again:
-            freight.n_bytes += sum(len(documents[node]) for node in again)
-            for reply in self._sent(verb, {n: documents[n] for n in again}, again, freight, timeout_seconds):
+            freight.n_bytes += sum(map(len, again.values()))
+            everything = dict.fromkeys(again, freight.parcels)
+            for reply in self._sent(verb, again, everything, freight, timeout_seconds):
                 yield self._heard(reply, _lacked(reply, freight), freight)
 
     def _sent(
