@@ -32,7 +32,7 @@ from fedrec.data.sources import load_dataset
 SOURCES = ("ml-100k", "ml-1m", "amazon-video", "amazon-beauty", "movietweetings-100k")
 LOCAL_ONLY = 200
 """People of the local-only row."""
-LAMBDAS = (10, 50, 250, 500, 1000)
+LAMBDAS = (20, 100, 500, 1000)
 """Of EASE."""
 GRAPH_MOST = 2_000
 """People up to which GPFedRec compares everybody's table with everybody else's in each round."""

@@ -16,7 +16,7 @@ PEOPLE = 1_024
 """People whose scores are in memory together."""
 
 
-def item_weights(dataset: Dataset, regularisation: float) -> NDArray[np.float64]:
+def item_weights(dataset: Dataset, regularisation: float) -> NDArray[np.float32]:
     """Return [n, n] weights ``I - P diag(1 / diag P)``; P is the inverse of the training items' Gram matrix.
 
     Source: Steck, WWW 2019, equation 8.
@@ -31,7 +31,7 @@ def item_weights(dataset: Dataset, regularisation: float) -> NDArray[np.float64]
     return weights.numpy()
 
 
-def ease(dataset: Dataset, weights: NDArray[np.float64], skip: int = 0) -> NDArray[np.float64]:
+def ease(dataset: Dataset, weights: NDArray[np.float32], skip: int = 0) -> NDArray[np.float64]:
     """Return everybody's NDCG@10 on the last interaction after all before, or on the one before it with ``skip=1``.
 
     Whoever has nothing before it gets 0: all items are tied.
@@ -44,11 +44,11 @@ def ease(dataset: Dataset, weights: NDArray[np.float64], skip: int = 0) -> NDArr
         some = rows[start : start + PEOPLE]
         scores = _matrix([row[:-1] for row in some], n_items) @ weights
         asked = Questions([row[:-1].tolist() for row in some], [int(row[-1]) for row in some])
-        found.append(gains(scores.astype(np.float32), asked))
+        found.append(gains(scores, asked))
     return np.concatenate(found)
 
 
 def _matrix(rows: list[NDArray[np.int32]], n_items: int) -> Any:
     starts = np.concatenate(([0], np.cumsum([len(row) for row in rows])))
     items = np.concatenate(rows)
-    return csr_array((np.ones(len(items)), items, starts), (len(rows), n_items))
+    return csr_array((np.ones(len(items), np.float32), items, starts), (len(rows), n_items))
