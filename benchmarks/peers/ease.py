@@ -22,13 +22,23 @@ def item_weights(dataset: Dataset, regularisation: float) -> NDArray[np.float32]
     Source: Steck, WWW 2019, equation 8.
     """
     log, n_items = dataset.log, len(dataset.catalog)
-    trained = _matrix([log.history(user)[:-2] for user in range(log.n_users)], n_items)
-    gram = torch.from_numpy((trained.T @ trained).toarray())
-    gram.diagonal().add_(regularisation)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
+    rows = [log.history(user)[:-2] for user in range(log.n_users) if log.counts[user] > 2]
+    trained = _matrix(rows, n_items)
+    if len(rows) < n_items:  # (X'X + lI)^-1 = (I - X' (XX' + lI)^-1 X) / l
+        half = trained.T @ _inverse(trained @ trained.T, regularisation)
+        inverse = torch.from_numpy(trained.T @ half.T).div_(-regularisation)
+        inverse.diagonal().add_(1 / regularisation)
+    else:
+        inverse = torch.from_numpy(_inverse(trained.T @ trained, regularisation))
     weights = inverse.div_(-inverse.diagonal().clone())
     weights.fill_diagonal_(0.0)
     return weights.numpy()
+
+
+def _inverse(gram: Any, regularisation: float) -> NDArray[np.float32]:
+    dense = torch.from_numpy(gram.toarray())
+    dense.diagonal().add_(regularisation)
+    return torch.cholesky_inverse(torch.linalg.cholesky(dense)).numpy()
 
 
 def ease(dataset: Dataset, weights: NDArray[np.float32], skip: int = 0) -> NDArray[np.float64]:

@@ -11,10 +11,11 @@ from fedrec.random import Key
 from tests.support import dataset_of
 
 
-def test_weights_are_those_of_the_paper_on_all_but_the_last_two() -> None:
-    data = sequential(20, 12, 6, Key.from_seed(3))
-    x = np.zeros((20, 12))
-    for user in range(20):
+@pytest.mark.parametrize("n_users", [6, 20])  # fewer and more than items: two ways to the same inverse
+def test_weights_are_those_of_the_paper_on_all_but_the_last_two(n_users: int) -> None:
+    data = sequential(n_users, 12, 6, Key.from_seed(3))
+    x = np.zeros((n_users, 12))
+    for user in range(n_users):
         x[user, data.log.history(user)[:-2]] = 1.0
     inverse = np.linalg.inv(x.T @ x + 4.0 * np.eye(12))
     wanted = np.eye(12) - inverse / np.diag(inverse)

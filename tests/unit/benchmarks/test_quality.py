@@ -116,6 +116,7 @@ def test_ease_takes_the_lambda_that_is_best_on_the_item_before_the_last() -> Non
 def test_parts_are_chosen_by_part_and_by_data_set() -> None:
     names = [name for name, _ in quality._chosen(["table"], ["ml-100k"])]
     assert "table/ml-100k/ease" in names
+    assert {name for name in quality.parts() if "larger_cohorts" in name} == {"table/amazon-video/larger_cohorts"}
     assert all(name.startswith("table/ml-100k/") for name in names)
     assert [name for name, _ in quality._chosen([], ["ml-1m/gru"])] == ["table/ml-1m/gru"]
     assert [name for name, _ in quality._chosen(["newcomers"], [])] == ["newcomers/ml-1m"]
