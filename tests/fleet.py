@@ -179,8 +179,9 @@ class PoolLink:
     def exchange(self, verb: Any, documents: Any, timeout_seconds: float | None, freight: Any = None) -> Any:
         from fedrec.protocol.link import Reply
 
+        parcels = {} if freight is None else {sha256: freight.get(sha256) for sha256 in freight.parcels}
         for node, document in documents.items():
             try:
-                yield Reply(node, self.pools[node].answer(verb, document))
+                yield Reply(node, self.pools[node].answer(verb, document, parcels))
             except FedrecError as error:
                 yield Reply(node, None, str(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from fedrec.errors import PlanRefused
 from fedrec.evaluation.asked import shapes_of
 from fedrec.privacy.terms import Terms as SecureTerms
 from fedrec.protocol.link import Verb
+from fedrec.protocol.parcels import Held, Named, nothing
 from fedrec.protocol.plan import RoundPlan
 from fedrec.protocol.signing import verify
 from fedrec.protocol.tally import Tally
@@ -81,12 +82,14 @@ class Answerer:
         pool: the device as a pool of one.
         trusted: public keys of those whose plans count.
         limits: what the device insists on.
+        fetch: given what a plan names, which the limits allow by then, returns how to get it.
     """
 
     store: Store
     pool: DevicePool
     trusted: Collection[bytes]
     limits: Limits
+    fetch: Callable[[RoundPlan, Collection[Named]], Held] = lambda plan, named: nothing
 
     def answer(self, verb: Verb, document: bytes, envelope: bytes, now: int) -> Answer:
         """Do what is asked.
@@ -140,10 +143,12 @@ class Answerer:
         document, terms = verify("plan", envelope, self.trusted)
         if terms is None:
             raise PlanRefused("The plan comes without terms, so nothing is promised about it.")
-        plan = RoundPlan.from_bytes(document)
+        plan, named = RoundPlan.outline(document)
         part = check(plan, terms, secure, self.limits, self.store.parts(), self.pool.catalog.digest(), now)
         if plan.task.kind not in able(self.limits) or (self.pool.budget is not None and not _torch()):
             raise PlanRefused(f"The plan asks for a {plan.task.kind}, which needs torch, and this device has none.")
+        if named:
+            plan = RoundPlan.from_bytes(document, self.fetch(plan, named.values()))
         sent = {"what": plan.task.kind, "slice": plan.slice, "round": plan.round, "ledger": terms.ledger,
                 "epsilon": terms.epsilon, "cohort_minimum": terms.cohort_minimum,
                 "tensors": {name: list(shape) for name, (shape, _) in shapes_of(plan).items()}}  # fmt: skip

@@ -38,6 +38,9 @@ class Limits(BaseModel):
     """Which kinds of tasks it does."""
     most_bytes: int = Field(default=256 << 20, ge=1024)
     """Longer documents are not downloaded."""
+    most_kept_bytes: int = Field(default=256 << 20, ge=0)
+    """What may be kept on the device of tensors that plans name, such as the frozen part of a model; what was used
+    longest ago makes room, and is downloaded again when needed."""
     identities: dict[str, int] | None = None
     """Masked sums are joined only with nodes whose public key, in hexadecimal, is named here, and for how many people
     each may speak; the device's own gateway is one of them. None: whomever the server introduces."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
@@ -12,8 +12,10 @@ from fedrec.client.answering import Answerer, able
 from fedrec.client.conditions import Conditions
 from fedrec.client.gateway_client import Assignment, GatewayClient, GatewayUnavailable, Given
 from fedrec.client.keeping import LOCK, drop_unsent, kept_unsent
-from fedrec.errors import ConfigError, FedrecError, GatewayError, StoreError
+from fedrec.errors import ConfigError, FedrecError, GatewayError, PlanRefused, StoreError
 from fedrec.protocol.link import Verb
+from fedrec.protocol.parcels import Freight, Held, Named
+from fedrec.protocol.plan import RoundPlan
 
 if TYPE_CHECKING:
     from fedrec.client.sdk import Device
@@ -128,7 +130,7 @@ class _Conversation:
                 for given in (asked.document, asked.plan)
             )
             device = self._device
-            answerer = Answerer(store, device.pool, device.trusted, limits)
+            answerer = Answerer(store, device.pool, device.trusted, limits, self._held)
             found = answerer.answer(cast(Verb, asked.verb), document, plan, self._now())
             if len(found.document) > asked.upload_limit:
                 raise GatewayError(f"The answer has {len(found.document):,} bytes, the gateway takes no more than "
@@ -144,6 +146,42 @@ class _Conversation:
         drop_unsent(store)
         self._done.append(asked.verb)
         return None
+
+    def _held(self, plan: RoundPlan, named: Collection[Named]) -> Held:
+        """Return how to get what a plan names: from the device's shelf, its release, or else from the gateway.
+
+        Raises:
+            PlanRefused: it is more than the limits allow.
+        """
+        sizes = {one.sha256: one.size for one in named}
+        most, shelf = self._device.limits.most_bytes, self._device.shelf
+        if sum(sizes.values()) > most:
+            raise PlanRefused(
+                f"The plan names tensors of {sum(sizes.values()):,} bytes, more than the {most:,} of the limits."
+            )
+        installed: Freight | None = None
+
+        def held(sha256: str) -> bytes:
+            nonlocal installed
+            kept = shelf.get(sha256)
+            if kept is not None:
+                return kept
+            installed = installed or self._installed(plan, sizes.values())
+            parcel = installed.get(sha256)
+            if parcel is None:
+                parcel = self._client.download(Given(sha256, sizes[sha256]), most)
+                shelf.keep(sha256, parcel)
+            return parcel
+
+        return held
+
+    def _installed(self, plan: RoundPlan, sizes: Collection[int]) -> Freight:
+        """Return the release's tensors as they would travel with a plan; what can be none of the named is left out."""
+        freight = Freight()
+        for value in self._device.release.params.values():
+            if value.nbytes // 2 <= max(sizes):
+                freight.load(value, plan.download)
+        return freight
 
     def _refuse(self, what: str, why: str) -> None:
         self._device.store.log_refused({"what": what, "by": "device", "why": why})

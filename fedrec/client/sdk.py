@@ -21,6 +21,7 @@ from fedrec.client.device_pool import DevicePool
 from fedrec.client.enrolment import Enrolment
 from fedrec.client.keys import KeyPlace
 from fedrec.client.limits import OWN, Limits, PrivacySpent, Spent, spent, total
+from fedrec.client.shelf import FOLDER, FolderShelf
 from fedrec.client.store import Retention, Store
 from fedrec.clock import system_clock
 from fedrec.errors import ConfigError, PlanRefused, ProtocolError, StoreError
@@ -237,7 +238,8 @@ class Device:
         from fedrec.client.keeping import LOCK
 
         self.store.forget_everything()
-        shutil.rmtree(self.store.folder / LEDGERS, ignore_errors=True)
+        for name in (LEDGERS, FOLDER):
+            shutil.rmtree(self.store.folder / name, ignore_errors=True)
         (self.store.folder / LOCK).unlink(missing_ok=True)
 
     def export_history(self) -> str:
@@ -323,6 +325,11 @@ class Device:
     def pool(self) -> DevicePool:
         """The device as the pool of one person, in the numbering of its release's catalogue."""
         return DevicePool([self.store], self.release.catalog, budget=self._budget)
+
+    @property
+    def shelf(self) -> FolderShelf:
+        """Where the device keeps tensors that plans name; they are the same for everybody, so they lie in the open."""
+        return FolderShelf(self.store.folder / FOLDER, self.limits.most_kept_bytes)
 
     @property
     def _budget(self) -> LocalBudget | None:

@@ -26,8 +26,8 @@ class Shelf(Protocol):
         """Return a parcel, its digest checked, or None."""
         ...
 
-    def keep(self, sha256: str, parcel: bytes) -> None:
-        """Keep a parcel whose digest was checked, if there is room."""
+    def keep(self, sha256: str, parcel: bytes, spare: Collection[str] = ()) -> None:
+        """Keep a parcel whose digest was checked, if there is room; what is in `spare` is not to make it."""
         ...
 
 
@@ -46,14 +46,15 @@ class MemoryShelf:
             self._parcels[sha256] = parcel  # the last in the order is the last that was used
         return parcel
 
-    def keep(self, sha256: str, parcel: bytes) -> None:
-        """Keep a parcel; what was used longest ago makes room."""
-        if len(parcel) > self._most or sha256 in self._parcels:
+    def keep(self, sha256: str, parcel: bytes, spare: Collection[str] = ()) -> None:
+        """Keep a parcel; what was used longest ago and is not in `spare` makes room."""
+        if (len(parcel) > self._most and sha256 not in spare) or sha256 in self._parcels:
             return
         self._parcels[sha256] = parcel
         self._used += len(parcel)
-        while self._used > self._most:
-            oldest = next(iter(self._parcels))
+        for oldest in [other for other in self._parcels if other != sha256 and other not in spare]:
+            if self._used <= self._most:
+                return
             self._used -= len(self._parcels.pop(oldest))
 
 
@@ -119,15 +120,20 @@ class FolderShelf:
                 used -= size
 
 
-def stocked(shelf: Shelf, arrived: Mapping[str, bytes]) -> Held:
+def stocked(shelf: Shelf, arrived: Mapping[str, bytes], spare: Collection[str] = ()) -> Held:
     """Return how to get a parcel, from those that have just arrived or from the shelf; the new ones are kept there.
+
+    Args:
+        shelf: where parcels are kept.
+        arrived: those that came with a plan, by what they claim is their digest.
+        spare: digests of parcels that are in use, and stay.
 
     Raises:
         ProtocolError: one has another digest than it claims; nothing of it is kept.
     """
     for sha256, parcel in arrived.items():
         check_parcel(sha256, parcel)
-        shelf.keep(sha256, parcel)
+        shelf.keep(sha256, parcel, spare)
 
     def held(sha256: str) -> bytes | None:
         return arrived[sha256] if sha256 in arrived else shelf.get(sha256)

@@ -104,9 +104,7 @@ class SignedLink:
         timeout_seconds: float | None,
         freight: Freight | None = None,
     ) -> Iterable[Reply]:
-        """Sign, send, and yield the replies as they arrive; what is signed carries its tensors itself."""
-        if freight is not None and freight.parcels:
-            documents = {node: _whole(verb, document, freight) for node, document in documents.items()}
+        """Sign, send, and yield the replies as they arrive; tensors go beside what is signed, which names them."""
         if verb == "census" or not documents:
             return self._link.exchange(verb, documents, timeout_seconds)
         promise = self.promise()
@@ -118,7 +116,7 @@ class SignedLink:
         if verb == "run" and _exact_metrics(next(iter(documents.values()))):
             terms = terms.model_copy(update={"epsilon": None, "delta": 0.0})  # no ledger pays for exact metrics
         signed = {node: self._signed(verb, document, terms) for node, document in documents.items()}
-        replies = self._link.exchange(verb, signed, timeout_seconds)
+        replies = self._link.exchange(verb, signed, timeout_seconds, freight)
         return replies if verb != "run" or terms.cohort_minimum == 1 else enough(replies, terms.cohort_minimum)
 
     def _signed(self, verb: Verb, document: bytes, terms: Terms) -> bytes:
@@ -133,14 +131,6 @@ class SignedLink:
             plan = sign("plan", asked.plan.tobytes(), self._key, bound)
             document = replace(asked, plan=np.frombuffer(plan, np.uint8)).to_bytes()
         return sign("phase", document, self._key, terms)
-
-
-def _whole(verb: Verb, document: bytes, freight: Freight) -> bytes:
-    if verb == "run":
-        return RoundPlan.from_bytes(document, freight.get).to_bytes()
-    asked = MaskRequest.from_bytes(document)
-    plan = RoundPlan.from_bytes(asked.plan.tobytes(), freight.get).to_bytes()
-    return replace(asked, plan=np.frombuffer(plan, np.uint8)).to_bytes()
 
 
 def enough(replies: Iterable[Reply], minimum: int) -> list[Reply]:
@@ -162,5 +152,5 @@ def _counted(document: bytes) -> int:
 
 
 def _exact_metrics(document: bytes) -> bool:
-    task = RoundPlan.from_bytes(document).task
+    task = RoundPlan.outline(document)[0].task
     return isinstance(task, EvaluateTask) and not task.private

@@ -101,10 +101,19 @@ def run_on_ray(root: Path, environ: dict[str, str], **config: Any) -> tuple[str,
     return log, json.loads(listed.stdout)["runs"][0]["status"]
 
 
+ADAPTERS: dict[str, Any] = {
+    "kind": "text_transformer", "dim": 32, "blocks": 1, "heads": 2, "expand": 2, "length": 8, "residual": 2, "lora": 2,
+    "train": "adapters", "features": {"rank": 20, "fourier": 0}, "softmax": {"kind": "sampled", "negatives": 8},
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_in_process_and_ray_publish_the_same_releases(flower: tuple[Path, dict[str, str]]) -> None:
-    root, environ = flower
-    toml = small_project(root, runtime__nodes=2)
+@pytest.mark.parametrize("changes", [{}, {"model": ADAPTERS}], ids=["all is trained", "most is frozen"])
+def test_in_process_and_ray_publish_the_same_releases(
+    flower: tuple[Path, dict[str, str]], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    root, environ = tmp_path, flower[1]
+    toml = small_project(root, runtime__nodes=2, **changes)
     here = fedrec("simulate", toml, "--out", "here", "--registry", "here-registry", root=root)
     assert here.returncode == 0, here.stderr
     log, status = run_on_ray(

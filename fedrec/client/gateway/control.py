@@ -29,14 +29,20 @@ class GatewayPool:
     def answer(self, verb: Verb, document: bytes, parcels: Mapping[str, bytes] | None = None) -> bytes:
         """Return the gateway's answer; it takes as long as its devices, at most until its own deadline.
 
+        Args:
+            verb: what is asked.
+            document: the question.
+            parcels: the tensors that came with it, by digest.
+
         Raises:
             GatewayError: the gateway does not run, or says why it cannot answer.
         """
 
         def parts() -> Iterator[Any]:
-            yield messages.Question(verb=verb)
-            for start in range(0, len(document), CHUNK_BYTES):
-                yield messages.Question(data=document[start : start + CHUNK_BYTES])
+            for name, data in ((verb, document), *(parcels or {}).items()):
+                yield messages.Question(verb=name)
+                for start in range(0, len(data), CHUNK_BYTES):
+                    yield messages.Question(data=data[start : start + CHUNK_BYTES])
 
         with self._channel() as channel:
             call = channel.stream_stream(

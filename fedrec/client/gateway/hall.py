@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +19,13 @@ from fedrec.client.gateway.rounds import Blob, Round, Task, folded, new_task, up
 from fedrec.client.gateway.settings import GatewaySettings
 from fedrec.client.gateway.split import Parts, cut, joined
 from fedrec.client.gateway.spool import Spool, Upload
-from fedrec.errors import FedrecError, GatewayError, MaskingError, PlanRefused, ProtocolError
+from fedrec.client.gateway.stock import blobs, in_use
+from fedrec.client.shelf import FOLDER, FolderShelf
+from fedrec.errors import FedrecError, GatewayError, MaskingError, PlanRefused, ProtocolError, TensorsMissing
 from fedrec.privacy.terms import Terms as SecureTerms
 from fedrec.protocol import wire
 from fedrec.protocol.link import Verb
+from fedrec.protocol.parcels import Missing, Named
 from fedrec.protocol.plan import Census, CensusRequest, RoundPlan
 from fedrec.protocol.signing import DeviceRelease, read_key, verify
 
@@ -80,6 +83,7 @@ class Hall:
         named = settings.identity
         self._identity = None if named is None else read_key(settings.file(folder, named))
         self._spool = Spool(folder / SPOOL, settings.bounds.spool_bytes)
+        self._shelf = FolderShelf(folder / FOLDER, settings.bounds.tensors_bytes)
         self._random = SystemRandom()
         self._rounds: list[Round] = []
         self._tasks: dict[str, tuple[Round, Task]] = {}
@@ -115,14 +119,16 @@ class Hall:
                 self._woken.pop(device.number, None)
 
     def blob(self, device: Known, sha256: str) -> Blob:
-        """Return a document that a device may download: of its own open task, or the release.
+        """Return a document that a device may download: of its own open task, its plan's tensors, or the release.
 
         Raises:
             GatewayError: it is neither.
         """
         for one in self._rounds:
             task = one.tasks.get(device.number)
-            for blob in (None if task is None else task.document, None if task is None else one.plan):
+            if task is None:
+                continue
+            for blob in (task.document, one.plan, one.tensors.get(sha256)):
                 if blob is not None and blob.sha256 == sha256:
                     return blob
         if self._release is not None and self._release[1].sha256 == sha256:
@@ -209,8 +215,13 @@ class Hall:
 
     # For the server.
 
-    async def answer(self, verb: Verb, document: bytes) -> bytes:
+    async def answer(self, verb: Verb, document: bytes, parcels: Mapping[str, bytes] | None = None) -> bytes:
         """Return the node's answer to one question of the server, once its devices have given theirs.
+
+        Args:
+            verb: what is asked.
+            document: the question.
+            parcels: the tensors that came with it, by digest.
 
         Raises:
             FedrecError: the question is malformed, not signed by a trusted server, or nobody can answer it.
@@ -223,9 +234,12 @@ class Hall:
             self.devices.flush()
             self._say({"event": "census", "devices": len(self._roster)})
             return Census(node=self.settings.name, n_clients=len(self._roster), ticket=ticket).to_bytes()
-        if verb == "run":
-            return await self._run(document)
-        return await self._phase(verb, document)
+        try:
+            if verb == "run":
+                return await self._run(document, parcels or {})
+            return await self._phase(verb, document, parcels or {})
+        except TensorsMissing as error:
+            return Missing(digests=error.digests).to_bytes()
 
     def status(self) -> dict[str, Any]:
         """Return what an operator may want to know, as JSON."""
@@ -246,9 +260,9 @@ class Hall:
             "rounds": list(self._counts.rounds),
         }
 
-    async def _run(self, document: bytes) -> bytes:
+    async def _run(self, document: bytes, parcels: Mapping[str, bytes]) -> bytes:
         content, terms = verify("plan", document, self._trusted)
-        plan = RoundPlan.from_bytes(content)
+        plan, named = RoundPlan.outline(content)  # what is only named is never trained, so no check needs it
         if terms is None:
             raise PlanRefused("The plan comes without terms, so no device would answer it.")
         if len(plan.slots) and not 0 <= int(plan.slots.min()) <= int(plan.slots.max()) < len(self._roster):
@@ -257,9 +271,11 @@ class Hall:
                 "present ones here; take the census again."
             )
         left = terms.expires_at - self.settings.margin_seconds - self._now()
+        tensors = await self._tensors(named, parcels)
         path = self._spool.put(f"plan-{os.urandom(8).hex()}", document)
         tasks = {self._roster[slot]: new_task(self._roster[slot], slot) for slot in plan.slots.tolist()}
-        made = Round("run", plan.task.kind, Blob.of(document, path), upload_limit(plan), self._deadline(left), tasks)
+        blob, limit = Blob.of(document, path), upload_limit(plan)
+        made = Round("run", plan.task.kind, blob, limit, self._deadline(left), tasks, tensors=tensors)
         try:
             await self._held(made)
             work = asyncio.to_thread(
@@ -269,7 +285,7 @@ class Hall:
         finally:
             self._swept(made)
 
-    async def _phase(self, verb: Verb, document: bytes) -> bytes:
+    async def _phase(self, verb: Verb, document: bytes, parcels: Mapping[str, bytes]) -> bytes:
         document, terms = verify("phase", document, self._trusted)
         if terms is None:
             raise PlanRefused("A phase of a masked sum comes without terms, so nobody knows when it ends.")
@@ -282,13 +298,17 @@ class Hall:
         assert session is not None
         session.until = self._clock() + SESSION_SECONDS
         left = terms.expires_at - self.settings.margin_seconds - self._now()
-        plan = None if parts.plan is None else self._plan_blob(parts.plan)
+        plan, tensors = None, dict[str, Blob]()
+        if parts.plan is not None:
+            content, _ = verify("plan", parts.plan, self._trusted)
+            tensors = await self._tensors(RoundPlan.outline(content)[1], parcels)
+            plan = Blob.of(parts.plan, self._spool.put(f"plan-{os.urandom(8).hex()}", parts.plan))
         tasks = {
             session.device_of[n]: new_task(session.device_of[n], n, Blob.of(part))
             for n, part in parts.documents.items()
             if n in session.device_of
         }
-        made = Round(verb, None, plan, parts.most_bytes, self._deadline(left), tasks, parts.session)
+        made = Round(verb, None, plan, parts.most_bytes, self._deadline(left), tasks, parts.session, tensors)
         try:
             await self._held(made)
             reads = {party: path.read_bytes for party, path in made.answers().items()}
@@ -306,9 +326,8 @@ class Hall:
             if verb == "unmask":
                 self._sessions.pop(parts.session, None)
 
-    def _plan_blob(self, envelope: bytes) -> Blob:
-        verify("plan", envelope, self._trusted)
-        return Blob.of(envelope, self._spool.put(f"plan-{os.urandom(8).hex()}", envelope))
+    async def _tensors(self, named: Mapping[str, Named], parcels: Mapping[str, bytes]) -> dict[str, Blob]:
+        return await asyncio.to_thread(blobs, self._shelf, named.values(), parcels, in_use(self._rounds))
 
     def _begin(self, parts: Parts) -> Session:
         assert parts.terms is not None

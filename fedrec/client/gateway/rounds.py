@@ -87,6 +87,7 @@ class Round:
         deadline: when it is closed, by the monotonic clock.
         tasks: by device.
         session: of the masked sum.
+        tensors: by digest, what the plan names and does not carry.
         done: set once nobody is waited for.
         open: whether answers are taken.
     """
@@ -98,6 +99,7 @@ class Round:
     deadline: float
     tasks: dict[int, Task]
     session: str | None = None
+    tensors: Mapping[str, Blob] = field(default_factory=dict)
     done: asyncio.Event = field(default_factory=asyncio.Event)
     open: bool = True
 

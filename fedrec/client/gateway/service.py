@@ -184,17 +184,22 @@ class ControlService:
         return grpc.method_handlers_generic_handler(CONTROL, methods)
 
     async def answer(self, parts: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-        """Answer one question of the server."""
-        verb, document = "", bytearray()
+        """Answer one question of the server; the tensors that came with it follow it, each after its digest."""
+        said: list[tuple[str, bytearray]] = []
+        size = 0
         async for part in parts:
-            if part.WhichOneof("part") == "verb":
-                verb = part.verb
-            elif len(document) + len(part.data) > MOST_QUESTION_BYTES:
+            size += len(part.data)
+            if size > MOST_QUESTION_BYTES:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the question is too long")
-            else:
-                document += part.data
+            if part.WhichOneof("part") == "verb":
+                said.append((part.verb, bytearray()))
+            elif said:
+                said[-1][1].extend(part.data)
         try:
-            reply = await self._hall.answer(cast(Verb, verb), bytes(document))
+            if not said:
+                raise GatewayError("A question came without a verb.")
+            (verb, document), *parcels = ((name, bytes(data)) for name, data in said)
+            reply = await self._hall.answer(cast(Verb, verb), document, dict(parcels))
         except FedrecError as error:
             await _refuse(context, error, grpc.StatusCode.FAILED_PRECONDITION)
         for start in range(0, len(reply), CHUNK_BYTES):

@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedrec.client.shelf import MOST_BYTES
 from fedrec.settings import parsed, read_toml
 
 SETTINGS, SOCKET = "gateway.toml", "control.sock"
@@ -44,6 +45,9 @@ class Bounds(_Settings):
     """Devices that may wait for an answer at once; others are told to come back."""
     spool_bytes: int = Field(default=4 << 30, ge=1 << 20)
     """What uploads may take on the disk."""
+    tensors_bytes: int = Field(default=MOST_BYTES, ge=0)
+    """What tensors that plans name may take on the disk, beside those of open rounds; what was used longest ago makes
+    room."""
     strikes: int = Field(default=3, ge=1)
     """After so many answers that were not what was asked, a device is asked no more."""
 

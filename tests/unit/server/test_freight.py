@@ -15,17 +15,26 @@ from fedrec.client.app import client_app
 from fedrec.client.pool import LogPool
 from fedrec.client.shelf import FolderShelf, MemoryShelf, Shelf
 from fedrec.config import Experiment
+from fedrec.data.slices import LastWindow
 from fedrec.grid.in_process import InProcessGrid
 from fedrec.models.freeze import trainable
 from fedrec.params import Params, n_bytes
+from fedrec.privacy.ledger import PrivacyLedger
+from fedrec.privacy.mechanism import GaussianMechanism
+from fedrec.privacy.settings import SecureSum
 from fedrec.protocol.flower import from_record, parcels_of, to_record
+from fedrec.protocol.identities import SIMULATION
 from fedrec.protocol.link import Reply, Verb
 from fedrec.protocol.parcels import Freight, Missing
 from fedrec.protocol.plan import RoundPlan
+from fedrec.protocol.task import CountTask
+from fedrec.random import Key
 from fedrec.server.app import GridLink
+from fedrec.server.gather import Ask, Roster, gather
 from fedrec.server.judge import initial
 from fedrec.server.round import Recipe, run_round, take_census
 from fedrec.server.run import cut
+from fedrec.server.secure import secure_gather
 from fedrec.server.start import public_vectors, source_of
 from fedrec.server.state import ServerState
 from tests.support import PoolLink, dataset_of, merged, same_bytes, small_document, small_rows
@@ -72,13 +81,16 @@ class Nodes:
             node: LogPool.partition(DATASET.log, DATASET.catalog, node - 2, NODES) for node in range(2, 2 + NODES)
         }
         self.heard: list[tuple[int, set[str]]] = []
+        self.mask: list[tuple[int, set[str]]] = []
         self.hears: dict[int, Callable[[dict[str, bytes]], dict[str, bytes]]] = {}
         self.says: dict[int, Callable[[bytes], bytes]] = {}
-        app = client_app(lambda c: self.pools[c.node_id], shelf_for=lambda c: self.shelves[c.node_id])
+        app = client_app(lambda c: self.pools[c.node_id], lambda c: SIMULATION, lambda c: self.shelves[c.node_id])
 
         def carried(message: Message, context: Any) -> Message:
             node, document = context.node_id, from_record(message.content)
             parcels = self.hears.get(node, lambda parcels: parcels)(parcels_of(message.content))
+            if message.metadata.message_type == "train.mask":
+                self.mask.append((node, set(parcels)))
             if message.metadata.message_type == "train.run":
                 self.heard.append((node, set(parcels)))
             message.content = to_record(document, parcels)
@@ -244,3 +256,27 @@ def test_what_a_teacher_and_its_pupil_have_in_common_travels_once() -> None:
         other, _ = run_round(other, whole, recipe, BASE, there)
     assert same_bytes(state.params, other.params)
     assert np.isfinite(record["loss"])
+
+
+def test_a_node_that_lost_its_shelf_in_the_middle_of_a_masked_sum_stays_in_it() -> None:
+    nodes, window = Nodes(), LastWindow(skip=1)
+    params, shapes = fresh(recipe_of(EXPERIMENT)).params, {"counts": ((BASE.n_items,), np.dtype(np.float32))}
+    digest = DATASET.catalog.digest()
+
+    def plan_for(slots: Any) -> RoundPlan:
+        task = CountTask(window=window, clip_norm=2.0)
+        return RoundPlan(0, 2, task, EXPERIMENT.model, BASE.n_items, params, Key.from_seed(4), digest, slots)
+
+    link = nodes.link()
+    sizes = [(node, pool.name, pool.census(window, digest)) for node, pool in nodes.pools.items()]
+    ask = Ask(link, Roster(tuple(sizes)), plan_for, shapes)
+    mechanism = GaussianMechanism(2.0, 1e-4)
+    plain = gather(ask, bound=2.0)
+    assert nodes.mask == []
+    nodes.shelves[3] = MemoryShelf()
+    charge = PrivacyLedger(None, epsilon=None, delta=1e-5).charge("sum", mechanism.event(1.0), clip_norm=2.0)
+    secure = secure_gather(ask, ask.everybody, mechanism, charge, SecureSum(minimum=5, neighbours=28))
+    assert [(node, bool(names)) for node, names in nodes.mask] == [(2, False), (3, False), (4, False), (3, True)]
+    assert (secure.refused, secure.offenders, secure.n_clients) == ((), (), plain.n_clients)
+    np.testing.assert_allclose(secure.sums["counts"], plain.sums["counts"], atol=0.01)
+    assert frozen(params) < secure.bytes_down
