@@ -11,9 +11,10 @@ import json
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import pytest
 
 from fedrec.client.gateway.control import GatewayPool
 from fedrec.client.sdk import Device, Limits
+from fedrec.client.shelf import FOLDER
 from fedrec.errors import FedrecError
 from fedrec.params import norm
 from fedrec.protocol.secure import MaskReply
@@ -50,6 +52,12 @@ SETTINGS: dict[str, Any] = {
 MASKED: dict[str, Any] = {
     "mode": "distributed", "epsilon": 1e6, "delta": 1e-3, "noise": "seed", "calibrate": False, "metrics": "private",
     "count": 0.01, "fit": 0.01, "metrics_noise": 0.01, "population": N, "secure_sum": {"minimum": N // 2},
+}  # fmt: skip
+ADAPTERS: dict[str, Any] = {
+    "model": {"kind": "text_transformer", "dim": 32, "blocks": 1, "heads": 2, "expand": 2, "length": 8, "dropout": 0.0,
+              "residual": 2, "lora": 2, "train": "adapters", "features": {"rank": 20, "fourier": 0},
+              "softmax": {"kind": "full"}},
+    "training": {**SETTINGS["training"], "base": {"rounds": 2}},
 }  # fmt: skip
 OPEN = Limits(cohort_minimum=N // 2, epsilon=None)
 STRICT = Limits(cohort_minimum=N // 2, epsilon=1e6, delta=0.1, masked=True, simulation=True)
@@ -143,10 +151,11 @@ def deployed(
     privacy: dict[str, Any] | None,
     timeout_seconds: float = 120.0,
     meanwhile: Meanwhile = calm,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[tuple[DeploymentFolder, Any]]:
     """Run a whole life of the experiment through a gateway; yields the deployment, the devices and the spy."""
-    document = {"name": "twenty", **SETTINGS, "data": {"source": str(root / "data")}}
-    document["training"] = SETTINGS["training"] | {"timeout_seconds": timeout_seconds}
+    document = {"name": "twenty", **SETTINGS, **changes, "data": {"source": str(root / "data")}}
+    document["training"] = document["training"] | {"timeout_seconds": timeout_seconds}
     (root / "twenty.toml").write_text(to_toml(document if privacy is None else document | {"privacy": privacy}))
     with short_folder() as gateway:
         key, port = run(root, "releases", "key", "signing.key").strip(), free_port()
@@ -192,6 +201,20 @@ def test_unmasked_the_release_is_that_of_a_simulation(tmp_path: Path) -> None:
             with Device(folder) as one:
                 what = {line["what"] for line in one.sent()}
                 assert what == {"check-in", "count", "fit", "evaluate"}
+                assert one.refused() == []
+
+
+def test_frozen_tensors_reach_the_gateway_and_each_device_once(tmp_path: Path) -> None:
+    with deployed(tmp_path, OPEN, None, changes=ADAPTERS) as (place, (folders, status, _)):
+        simulated(tmp_path, place, 1e-4)
+        assert {(line["verb"], line["answered"]) for line in status["rounds"]} == {("run", N)}
+        first, second = (record["bytes_down"] for record in audit(place) if record["kind"] == "round")
+        named = {path.name: path.stat().st_size for path in (folders[0] / FOLDER).iterdir()}
+        assert len(named) >= 4
+        assert sum(named.values()) < first - second < 1.1 * sum(named.values())
+        for folder in folders:
+            assert {path.name for path in (folder / FOLDER).iterdir()} == named.keys()
+            with Device(folder) as one:
                 assert one.refused() == []
 
 

@@ -15,7 +15,6 @@ from fedrec.client.app import client_app
 from fedrec.client.pool import LogPool
 from fedrec.client.shelf import FolderShelf, MemoryShelf, Shelf
 from fedrec.config import Experiment
-from fedrec.data.slices import LastWindow
 from fedrec.grid.in_process import InProcessGrid
 from fedrec.models.freeze import trainable
 from fedrec.params import Params, n_bytes
@@ -259,7 +258,7 @@ def test_what_a_teacher_and_its_pupil_have_in_common_travels_once() -> None:
 
 
 def test_a_node_that_lost_its_shelf_in_the_middle_of_a_masked_sum_stays_in_it() -> None:
-    nodes, window = Nodes(), LastWindow(skip=1)
+    nodes, window = Nodes(), BASE.train
     params, shapes = fresh(recipe_of(EXPERIMENT)).params, {"counts": ((BASE.n_items,), np.dtype(np.float32))}
     digest = DATASET.catalog.digest()
 
