@@ -105,7 +105,8 @@ class RoundPlan:
                     tensors[prefix + name] = rounded(value, form)
                 else:
                     named[prefix + name] = freight.load(value, form).model_dump(mode="json")
-        return wire.pack("plan", {**self._header, "named": named}, {**tensors, _SLOTS: self.slots})
+        header = {**self._header, "named": named} if named else self._header
+        return wire.pack("plan", header, {**tensors, _SLOTS: self.slots})
 
     def _stays(self, prefix: str, name: str) -> bool:
         """Return whether a tensor is likely to be the same in the next plan."""
