@@ -21,8 +21,10 @@ from fedrec.protocol.codec import F32, Float, to_half
 LEAST_BYTES = 4096
 """Smaller tensors travel in the plan itself: naming them would save nothing."""
 MOST_PARCEL = 1 << 40
-MOST_MISSING = 100_000
-"""More tensors than a plan can name; a longer list is a fault or an attack."""
+MOST_NAMED = 10_000
+"""More tensors than a model has; a longer list is a fault or an attack."""
+MOST_ANSWER = 1 << 20
+"""Bytes of the longest list of missing tensors."""
 _PARCEL, _TENSOR, _MISSING = "parcel", "tensor", "missing"
 SHA256 = "^[0-9a-f]{64}$"
 Held = Callable[[str], bytes | None]
@@ -162,7 +164,7 @@ class Missing(BaseModel):
     """A node's answer to a plan that names tensors which it does not hold: nothing was done."""
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
-    digests: tuple[str, ...] = Field(min_length=1, max_length=MOST_MISSING)
+    digests: tuple[str, ...] = Field(min_length=1, max_length=MOST_NAMED)
 
     def to_bytes(self) -> bytes:
         """Return the answer in the wire format."""
@@ -170,12 +172,12 @@ class Missing(BaseModel):
 
     @classmethod
     def from_bytes(cls, document: bytes) -> Missing | None:
-        """Return the answer that `to_bytes` wrote, or None if the document is another kind of answer.
+        """Return the answer that `to_bytes` wrote, or None if the document is another kind of answer, or too long for it.
 
         Raises:
             ProtocolError: it is malformed.
         """
-        if wire.kind_of(document) != _MISSING:
+        if len(document) > MOST_ANSWER or wire.kind_of(document) != _MISSING:
             return None
         header, _ = wire.unpack(_MISSING, document)
         try:

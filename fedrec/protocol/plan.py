@@ -22,14 +22,13 @@ from fedrec.models.freeze import trains
 from fedrec.params import Array, Params, digest
 from fedrec.protocol import wire
 from fedrec.protocol.codec import AnyCodec, Codec, Coding, Float, Plain, Sparse, from_half
-from fedrec.protocol.parcels import LEAST_BYTES, Freight, Held, Named, found, nothing, rounded
+from fedrec.protocol.parcels import LEAST_BYTES, MOST_NAMED, Freight, Held, Named, found, nothing, rounded
 from fedrec.protocol.task import AnyTask, CooccurrenceTask, FitTask, Task
 from fedrec.random import Key
 
 MAX_CLIENTS = 100_000_000
 """More clients than a node can host; a larger census is a fault or an attack."""
 MAX_TICKET = 64
-MOST_NAMED = 100_000
 TEACHER = "teacher/"
 """Inputs of this prefix are the release that a whole slice imitates."""
 _SLOTS, _MODEL, _INPUT = "slots", "model/", "input/"

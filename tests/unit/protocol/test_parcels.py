@@ -128,6 +128,8 @@ def test_a_receiver_that_lacks_tensors_says_which() -> None:
     answer = Missing(digests=error.value.digests)
     assert Missing.from_bytes(answer.to_bytes()) == answer
     assert Missing.from_bytes(document) is None
+    assert Missing.from_bytes(answer.to_bytes() + bytes(parcels.MOST_ANSWER)) is None, "it is not even read"
+    assert len(Missing(digests=("0" * 64,) * parcels.MOST_NAMED).to_bytes()) < parcels.MOST_ANSWER
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_a_parcel_is_one_tensor() -> None:
         tensor_of(wire.pack("greeting", {}, {"tensor": TABLE}))
 
 
-@pytest.mark.parametrize("digests", [[], ["0" * 64] * (parcels.MOST_MISSING + 1), "0" * 64])
+@pytest.mark.parametrize("digests", [[], ["0" * 64] * (parcels.MOST_NAMED + 1), "0" * 64])
 def test_a_list_of_missing_tensors_is_bounded(digests: Any) -> None:
     with pytest.raises(ProtocolError, match="The list of missing tensors is malformed"):
         Missing.from_bytes(wire.pack("missing", {"digests": digests}, {}))
