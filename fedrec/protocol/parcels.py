@@ -172,7 +172,7 @@ class Missing(BaseModel):
 
     @classmethod
     def from_bytes(cls, document: bytes) -> Missing | None:
-        """Return the answer that `to_bytes` wrote, or None if the document is another kind of answer, or too long for it.
+        """Return the answer that `to_bytes` wrote, or None if the document is another one or too long for it.
 
         Raises:
             ProtocolError: it is malformed.

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ PARAMS: Params = {n: v if trainable(MODEL, [n]) else Key.from_seed(3).child(n).n
 NAMED = {n for n, v in PARAMS.items() if not trainable(MODEL, [n]) and v.nbytes >= LEAST_BYTES}
 
 
-def plan_for(task: AnyTask, number: int = 0, params: Params = PARAMS) -> Callable[[Any], RoundPlan]:
+def plan_for(task: AnyTask, number: int = 0, **changes: Any) -> Callable[[Any], RoundPlan]:
     def plan(slots: Any) -> RoundPlan:
-        return RoundPlan(0, number, task, MODEL, N_ITEMS, params, Key.from_seed(1), CATALOG.digest(), slots)
+        plain = RoundPlan(0, number, task, MODEL, N_ITEMS, PARAMS, Key.from_seed(1), CATALOG.digest(), slots)
+        return replace(plain, **changes)
 
     return plan
 
@@ -75,11 +77,11 @@ def plan_for(task: AnyTask, number: int = 0, params: Params = PARAMS) -> Callabl
 def question(task: AnyTask, n: int, number: int = 0, **changes: Any) -> tuple[bytes, dict[str, bytes]]:
     """Return a signed plan and the parcels that go with it."""
     freight = Freight()
-    document = plan_for(task, number)(np.arange(n, dtype=np.int64)).to_bytes(freight)
+    document = plan_for(task, number, **changes)(np.arange(n, dtype=np.int64)).to_bytes(freight)
     said = {"ledger": "main", "cohort_minimum": 1, "epsilon": None, "expires_at": int(time.time()) + 60,
             "nonce": os.urandom(16).hex()}  # fmt: skip
     parcels = {sha256: freight.get(sha256) or b"" for sha256 in freight.parcels}
-    return sign("plan", document, SERVER, Terms.model_validate(said | changes)), parcels
+    return sign("plan", document, SERVER, Terms.model_validate(said)), parcels
 
 
 class Asked(threading.Thread):
@@ -119,9 +121,9 @@ class Fleet:
         request = CensusRequest(window=WINDOW, catalog_digest=CATALOG.digest())
         return Census.from_bytes(GatewayPool(self.folder).answer("census", request.to_bytes())).n_clients
 
-    def round(self, task: AnyTask, number: int = 0) -> tuple[Tally, list[str]]:
+    def round(self, task: AnyTask, number: int = 0, **changes: Any) -> tuple[Tally, list[str]]:
         """Ask everybody; return the sum, and which tensors were downloaded."""
-        document, parcels = question(task, len(self.devices), number)
+        document, parcels = question(task, len(self.devices), number, **changes)
         self.downloads.clear()
         asked = Asked(self.folder, document, parcels)
         assert [one.participate(ANYWHERE).outcome for one in self.devices] == ["answered"] * len(self.devices)
@@ -184,13 +186,17 @@ def test_a_gateway_refuses_a_poisoned_tensor_and_keeps_none_that_no_plan_names(f
 
 
 def test_what_the_installed_release_holds_is_not_fetched(fleet: Fleet) -> None:
-    made_of = {**PARAMS, "position": PARAMS["position"] + 1}
+    name = min(NAMED)
+    made_of = {**PARAMS, name: PARAMS[name] + 1}
     envelope = sign("release", DeviceRelease(4, MODEL, dict(made_of), CATALOG).to_bytes(), SERVER)
     fleet.devices[0].adopt(envelope)
     fleet.round(COUNT)
     kept = [len(list((one.store.folder / FOLDER).glob("*"))) for one in fleet.devices]
-    other = {n for n in NAMED if n == "position"}
-    assert kept == [len(other), len(NAMED), len(NAMED)]
+    assert kept == [1, len(NAMED), len(NAMED)]
+    _, fetched = fleet.round(COUNT, 1, inputs={f"teacher/{name}": made_of[name]})  # a teacher is a release
+    assert len(fetched) == N - 1
+    _, fetched = fleet.round(COUNT, 2, download="bfloat16")  # rounded, they are other tensors
+    assert len(fetched) == 1 + (N - 1) * len(NAMED)
 
 
 def test_a_device_fetches_nothing_for_a_plan_that_it_refuses(fleet: Fleet) -> None:
