@@ -140,6 +140,9 @@ class SequenceConfig(_Settings):
     """What else is predicted; None: the next item alone."""
     context: ContextConfig | None = None
     """What of the moment of a request counts; None: the history alone."""
+    popularity_weight: float = Field(default=0.0, ge=0)
+    """Weight of the logarithm of the released popularity counts in every score, while training too, so that what is
+    learnt is what popularity does not tell. 0: none."""
 
 
 class _Attention(SequenceConfig):
@@ -274,9 +277,11 @@ class BlendConfig(_Settings):
     once the fitted part has its weight: a blend of four recommenders."""
 
     @model_validator(mode="after")
-    def _without_moments(self) -> BlendConfig:
+    def _what_a_blend_can(self) -> BlendConfig:
         if isinstance(self.fitted, TransformerConfig) and self.fitted.context is not None:
             raise ValueError("a blend does not know the moment of a request; leave fitted.context out")
+        if isinstance(self.fitted, TransformerConfig) and self.fitted.popularity_weight:
+            raise ValueError("a blend has popularity in its prior; leave fitted.popularity_weight out")
         return self
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedrec.models.configs import AnyModelConfig, LanguageConfig, NearestConfig, TextTransformerConfig
+from fedrec.models.configs import AnyModelConfig, LanguageConfig, NearestConfig, SequenceConfig, TextTransformerConfig
 
 PUBLIC = "text"
 """The table of public item vectors: never trained, and filled in by the server as items join."""
+PRIOR = "popularity"
+"""[n, 1] logarithms of the released counts in a model of sequences: never trained, filled in as a slice begins."""
 _SMALL = frozenset({"residual", "start", "moment"})
 _SMALL_ENDS = (".up", ".bias", ".recency", "norm.weight", "norm1.weight", "norm2.weight")
 _SAME_FOR_ALL = "projection.bias"
@@ -18,6 +20,8 @@ _HEAD = frozenset({"residual", "mix", "moment", "norm.weight", "norm.bias"})
 def trains(config: AnyModelConfig, name: str) -> bool:
     """Return whether rounds train this parameter of a model of these settings."""
     if isinstance(config, NearestConfig):
+        return False
+    if isinstance(config, SequenceConfig) and name == PRIOR:
         return False
     if isinstance(config, LanguageConfig):
         return name != PUBLIC

@@ -34,7 +34,7 @@ class LanguageModel(NextItem):
     et al., ICLR 2022 (LoRA), by peft.
     """
 
-    row_names: ClassVar[frozenset[str]] = frozenset({"text", "residual"})
+    row_names: ClassVar[frozenset[str]] = frozenset({"popularity", "text", "residual"})
     together: ClassVar[bool] = False
 
     def __init__(self, config: LanguageConfig, n_items: int, key: Key) -> None:

@@ -24,7 +24,7 @@ class FactorisationMachine(NextItem):
     Source: Rendle, ICDM 2010, equation 1, with the features "taken before" and "scored".
     """
 
-    row_names: ClassVar[frozenset[str]] = frozenset({"item", "taken", "bias"})
+    row_names: ClassVar[frozenset[str]] = frozenset({"popularity", "item", "taken", "bias"})
     reads_apart: ClassVar[bool] = True
 
     def __init__(self, config: MachineConfig, n_items: int, key: Key) -> None:

@@ -22,6 +22,7 @@ from fedrec.models.configs import (
     NcfConfig,
     NearestConfig,
     PopularityConfig,
+    SequenceConfig,
     SpectralConfig,
     TasksConfig,
     TextTransformerConfig,
@@ -59,6 +60,7 @@ def expected_shapes(config: AnyModelConfig, n_items: int) -> dict[str, tuple[int
         raise ProtocolError(NOT_HERE)
     heads = _head_shapes(config.tasks, config.dim) if config.tasks else {}
     heads |= {"moment": (config.dim, config.context.width)} if config.context else {}
+    heads |= {"popularity": (n_items, 1)} if config.popularity_weight else {}
     if isinstance(config, TextTransformerConfig):
         return _text_shapes(config, n_items) | heads
     if isinstance(config, TransformerConfig):
@@ -172,11 +174,15 @@ def score(config: AnyModelConfig, params: Params, history: Sequence[int], moment
     user = _user(config, params, history)
     if moment is not None and "moment" in params:
         user = np.asarray(user + params["moment"] @ moment, np.float32)
+    scores: Floats = params["item"] @ (user * params["gate"] if isinstance(config, NcfConfig) else user)
     if isinstance(config, NcfConfig):
         inner = params["thing"] @ params["item"].T + _linear(params, "person", user[None])[0][:, None]
-        return np.asarray((user * params["gate"]) @ params["item"].T + (params["out"] @ np.maximum(inner, 0.0))[0])
-    scores: Floats = params["item"] @ user
-    return scores + params["bias"][:, 0] if isinstance(config, MachineConfig) else scores
+        scores = scores + (params["out"] @ np.maximum(inner, 0.0))[0]
+    if isinstance(config, MachineConfig):
+        scores = scores + params["bias"][:, 0]
+    if isinstance(config, SequenceConfig) and config.popularity_weight:
+        scores = scores + np.float32(config.popularity_weight) * params["popularity"][:, 0]
+    return scores
 
 
 def part_of(params: Params, prefix: str) -> Params:

@@ -55,7 +55,7 @@ class NextItem(Recommender):
         reads_apart: whether inputs have rows of their own, beside those that are scored.
     """
 
-    row_names: ClassVar[frozenset[str]] = frozenset({"item"})
+    row_names: ClassVar[frozenset[str]] = frozenset({"popularity", "item"})
     reads_apart: ClassVar[bool] = False
 
     def __init__(self, config: AnySequenceConfig, n_items: int, key: Key) -> None:
@@ -71,6 +71,8 @@ class NextItem(Recommender):
             self.moment = nn.Parameter(torch.zeros(config.dim, config.context.width))
         if config.tasks:
             self.heads = Heads(config.tasks, config.dim, key.child("heads"))
+        if config.popularity_weight:
+            self.popularity = nn.Parameter(torch.zeros(n_items, 1))
         self.make_items(key)
         self.start = nn.Parameter(normal(key.child("start"), (config.dim,), INITIAL))
 
@@ -103,6 +105,11 @@ class NextItem(Recommender):
     def match_each(self, states: Float[Tensor, "b l d"], vectors: Float[Tensor, "b l d"]) -> Float[Tensor, "b l"]:
         """Return the score of one vector at each state."""
         return (states * vectors).sum(-1)
+
+    def prior(self, numbers: Int[Tensor, "b k"] | None = None) -> Float[Tensor, "*b k"]:
+        """Return what popularity adds to the scores of items by number, or of all: ``w p_i``."""
+        found = self.popularity if numbers is None else rows(self.popularity, numbers)
+        return found[..., 0] * self.settings.popularity_weight
 
     def hidden(
         self,
@@ -139,12 +146,15 @@ class NextItem(Recommender):
         self, users: Float[Tensor, "b d"], items: Int[Tensor, "b k"] | None = None
     ) -> Float[Tensor, "b n"] | Float[Tensor, "b k"]:
         """Return ``h_u . v_i``."""
-        return self.match(users[:, None], self.table() if items is None else self.vectors(items))[:, 0]
+        found = self.match(users[:, None], self.table() if items is None else self.vectors(items))[:, 0]
+        return found + self.prior(items) if self.settings.popularity_weight else found
 
     def score_into(self, users: Float[Tensor, "b d"], out: Float[Tensor, "b n"]) -> None:
         """Write the scores of the whole catalogue into `out`."""
         if type(self).match is NextItem.match:
             torch.mm(users, self.table().T, out=out)
+            if self.settings.popularity_weight:
+                out += self.prior()
         else:
             out.copy_(self.score(users))
 
@@ -177,7 +187,12 @@ class NextItem(Recommender):
         shifts = range(min(c.horizon, n))
         logits = torch.stack([F.pad(self.match_each(states[:, : n - j], targets[:, j:]), (0, j)) for j in shifts], -1)
         there = torch.stack([F.pad(batch.input_mask[:, j:], (0, j)) for j in shifts], -1)  # [b t h]
-        return Seen(logits, there, self.match(states, rest[0] if self.gathers else self.table()), states, targets)
+        others = self.match(states, rest[0] if self.gathers else self.table())
+        if c.popularity_weight:
+            told = self.prior(batch.targets)
+            logits = logits + torch.stack([F.pad(told[:, j:], (0, j)) for j in shifts], -1)
+            others = others + self.prior(batch.negatives if self.gathers else None)[..., None, :]
+        return Seen(logits, there, others, states, targets)
 
     def _excluded(self, batch: Batch, n: int) -> Bool[Tensor, "b t n"]:
         """Return which negatives are none at each of n positions."""

@@ -25,7 +25,7 @@ class TextTransformer(Transformer):
     Source: text in place of ids as in Hou et al., KDD 2022 (UniSRec); adapters: Hu et al., ICLR 2022 (LoRA).
     """
 
-    row_names: ClassVar[frozenset[str]] = frozenset({"text", "residual"})
+    row_names: ClassVar[frozenset[str]] = frozenset({"popularity", "text", "residual"})
 
     def make_items(self, key: Key) -> None:
         """Draw the projection and the mixing; the text vectors are zeros until the server places them."""

@@ -20,9 +20,10 @@ from fedrec.protocol.task import CountTask
 from fedrec.server import optimizer
 from fedrec.server.gather import Ask, Gathered, Roster, gather
 from fedrec.server.judge import grown, initial
+from fedrec.server.popular import with_popularity
 from fedrec.server.private import private_gather
 from fedrec.server.rehearsal import remembered
-from fedrec.server.round import take_census
+from fedrec.server.round import Recipe, take_census
 from fedrec.server.spectral import Features, added, grown_statistic, projected, spectral_params
 from fedrec.server.teach import prior_config
 from fedrec.server.work import Event, Work
@@ -61,6 +62,7 @@ def _begun(work: Work, roster: Roster) -> Work:
     before = state.counts.get("counts", np.zeros(0, np.float32))
     total[: len(before)] += before
     total += counted.sums.get("counts", 0.0)
+    params = with_popularity(model, params, total, _deviation(recipe, roster.n_clients) * (time_slice.index + 1) ** 0.5)
     down, up = counted.bytes_down, counted.bytes_up
     work = work.blamed(counted.offenders)
     if experiment.training.statistics is not None:
@@ -83,6 +85,15 @@ def _begun(work: Work, roster: Roster) -> Work:
         stopping={},
         overhead={"seconds": round(recipe.clock() - began, 4), "bytes_down": down, "bytes_up": up},
     )
+
+
+def _deviation(recipe: Recipe, n_clients: int) -> float:
+    """Return the standard deviation of the noise in one slice's counts."""
+    if recipe.guard is not None:
+        counting = recipe.guard.mechanism(recipe.guard.settings.count, recipe.guard.settings.count_clip)
+        return counting.clip_norm * counting.noise_multiplier
+    mode = recipe.local
+    return 0.0 if mode is None else mode.settings.count_clip * mode.count.noise_multiplier * n_clients**0.5
 
 
 def _memories(work: Work) -> Params:

@@ -18,6 +18,7 @@ from fedrec.models.recommender import learnt, to_torch
 from fedrec.params import Array
 from fedrec.server import optimizer
 from fedrec.server.judge import initial
+from fedrec.server.popular import with_popularity
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
 from fedrec.server.round import Recipe
@@ -70,6 +71,8 @@ def pretrain(
     if len(eligible) == 0:
         raise RunError("Nobody has an interaction in the first slice, so there is nothing to pre-train on.")
     everyone = Cohort(dataset.log, eligible, eligible, low[eligible], high[eligible])
+    taken = np.concatenate([np.unique(dataset.log.history(int(user))[low[user] : high[user]]) for user in eligible])
+    params = with_popularity(config, params, np.bincount(taken, minlength=first.n_items).astype(np.float32))
     model = restore(config, first.n_items, params).train()
     own = learnt(model)
     memory: dict[str, Array] = {}

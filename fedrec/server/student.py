@@ -21,12 +21,14 @@ from fedrec.models.build import build, restore
 from fedrec.models.configs import AnyModelConfig, SpectralConfig
 from fedrec.models.portable import expected_shapes
 from fedrec.models.recommender import Recommender, get_params, set_params
+from fedrec.models.sequence import NextItem
 from fedrec.models.transfer import StudentConfig
 from fedrec.params import Array, Params
 from fedrec.random import Key
 from fedrec.server.adopt import release_of
 from fedrec.server.begin import statistic_features
 from fedrec.server.distil import Teacher, distilled, had_before, matched_temperature
+from fedrec.server.popular import with_popularity
 from fedrec.server.release import Student
 from fedrec.server.spectral import popularity, spectral_params
 from fedrec.server.synthetic import Source, first_shares, sample_histories
@@ -164,7 +166,10 @@ def begun(student: Recommender, release: Recommender, histories: NDArray[np.int6
     found = get_params(student)
     items = torch.from_numpy(histories)
     users = release.states(items, torch.full((len(items), 1), items.shape[1]))[:, 0]
-    rows = release.score(torch.eye(users.shape[1])).T * users.std(0)
+    scores = release.score(torch.eye(users.shape[1]))
+    if isinstance(release, NextItem) and release.settings.popularity_weight:
+        scores = scores - release.prior()
+    rows = scores.T * users.std(0)
     name = "items" if isinstance(student.config, SpectralConfig) else "item"
     reduced = _reduced(rows.double(), found[name].shape[1])
     if isinstance(student.config, SpectralConfig):
@@ -177,7 +182,7 @@ def begun(student: Recommender, release: Recommender, histories: NDArray[np.int6
         }
     else:
         found["item"] = reduced * np.float32(found["item"].std() / max(float(reduced.std()), 1e-12))
-    return found
+    return dict(with_popularity(student.config, found, counts))
 
 
 def _reduced(rows: Float[Tensor, "n d"], dim: int) -> NDArray[np.float32]:

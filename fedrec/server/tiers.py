@@ -23,6 +23,7 @@ from fedrec.protocol.task import Tier
 from fedrec.server import optimizer
 from fedrec.server.gather import Roster
 from fedrec.server.judge import grown, initial
+from fedrec.server.popular import with_popularity
 from fedrec.server.round import Recipe, run_round
 from fedrec.server.state import ServerState
 from fedrec.server.work import Work
@@ -77,6 +78,7 @@ def begin(work: Work) -> Work:
         if state.small
         else initial(student.model, time_slice.n_items, recipe)
     )
+    params = with_popularity(student.model, params, state.counts["counts"])
     return work.advanced(small=params, small_memory=optimizer.grow_memory(state.small_memory, params))
 
 

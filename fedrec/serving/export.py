@@ -145,9 +145,14 @@ def _scores(g: _Graph, config: AnyModelConfig, params: Params, items: str) -> st
         side = g.node("Gemm", user, params["person.weight"], params["person.bias"], transB=1)  # [1 h]
         inner = g.node("Relu", g.node("Add", params["item"] @ params["thing"].T, side))
         network = g.node("Reshape", g.node("MatMul", inner, params["out"].T), [-1])
-        return g.node("Add", _flat(g, user, (params["item"] * params["gate"]).T), network)
-    scores = _flat(g, user, params["item"].T)
-    return g.node("Add", scores, params["bias"][:, 0]) if isinstance(config, MachineConfig) else scores
+        scores = g.node("Add", _flat(g, user, (params["item"] * params["gate"]).T), network)
+    else:
+        scores = _flat(g, user, params["item"].T)
+    if isinstance(config, MachineConfig):
+        scores = g.node("Add", scores, params["bias"][:, 0])
+    if config.popularity_weight:
+        scores = g.node("Add", scores, config.popularity_weight * params["popularity"][:, 0])
+    return scores
 
 
 def _flat(g: _Graph, user: str, table: Any) -> str:

@@ -106,6 +106,9 @@ RECOMMENDERS: dict[str, Entry] = {
         rounds=120,
         sequential=True,
     ),
+    "transformer, popularity": Entry(
+        TransformerConfig(**SEQUENCE, heads=2, expand=2, popularity_weight=0.5), rounds=120, sequential=True
+    ),
     "gru": Entry(GruConfig(**SEQUENCE), rounds=120, sequential=True),
     "ncf": Entry(NcfConfig(**SEQUENCE, hidden=8), rounds=120),
     "ncf, full softmax": Entry(NcfConfig(**{**SEQUENCE, "softmax": FullSoftmax()}, hidden=8), rounds=120),
@@ -114,6 +117,10 @@ RECOMMENDERS: dict[str, Entry] = {
     "nearest": Entry(NearestConfig(features=FeatureSettings(rank=12, fourier=0), length=16), rounds=1),
     "text transformer": Entry(_text(), rounds=120, sequential=True),
     "text transformer, full softmax": Entry(_text(softmax=FullSoftmax()), rounds=120, sequential=True),
+    "ncf, popularity": Entry(NcfConfig(**SEQUENCE, hidden=8, popularity_weight=1.0), rounds=120),
+    "machine, full softmax, popularity": Entry(
+        MachineConfig(**{**SEQUENCE, "softmax": FullSoftmax()}, popularity_weight=1.0), rounds=120
+    ),
     "text transformer, adapters": Entry(
         _text(lora=8, train="adapters", residual=16),
         rounds=150,
