@@ -72,7 +72,7 @@ def test_without_rounds_the_most_popular_come_first_and_who_trains_alone_knows_n
 
 def test_under_noise_the_unit_is_the_noise(tmp_path: Path) -> None:
     wanted = experiment(privacy=PRIVATE, training={"cohort": {"expected": 15.0}}, split={"later": 0})
-    document, path = simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=DATASET)
+    document, _ = simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=DATASET)
     assert document["totals"]["epsilon"] <= 8.0
     simulate(experiment(split={"later": 0}), runs=tmp_path, registry=tmp_path / "e", dataset=DATASET)
     noised, plain = (Registry(tmp_path / name).load().params[PRIOR] for name in ("r", "e"))
