@@ -174,14 +174,14 @@ def score(config: AnyModelConfig, params: Params, history: Sequence[int], moment
     user = _user(config, params, history)
     if moment is not None and "moment" in params:
         user = np.asarray(user + params["moment"] @ moment, np.float32)
-    scores: Floats = params["item"] @ (user * params["gate"] if isinstance(config, NcfConfig) else user)
+    scores: Floats = np.asarray(params["item"] @ (user * params["gate"] if isinstance(config, NcfConfig) else user))
     if isinstance(config, NcfConfig):
         inner = params["thing"] @ params["item"].T + _linear(params, "person", user[None])[0][:, None]
-        scores = scores + (params["out"] @ np.maximum(inner, 0.0))[0]
+        scores = np.asarray(scores + (params["out"] @ np.maximum(inner, 0.0))[0])
     if isinstance(config, MachineConfig):
         scores = scores + params["bias"][:, 0]
     if isinstance(config, SequenceConfig) and config.popularity_weight:
-        scores = scores + np.float32(config.popularity_weight) * params["popularity"][:, 0]
+        scores = np.asarray(scores + np.float32(config.popularity_weight) * params["popularity"][:, 0])
     return scores
 
 

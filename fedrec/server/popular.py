@@ -31,4 +31,4 @@ def log_popularity(counts: Array, deviation: float = 0.0) -> Array:
     Source: Menon et al., ICLR 2021 (logit adjustment).
     """
     unit = np.float32(max(1.0, deviation))
-    return np.log1p(np.maximum(counts, 0.0).astype(np.float32) / unit)
+    return np.asarray(np.log1p(np.maximum(counts, 0.0) / unit), np.float32)

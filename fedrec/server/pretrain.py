@@ -15,7 +15,7 @@ from fedrec.errors import ConfigError, RunError
 from fedrec.models.build import restore
 from fedrec.models.configs import SequenceConfig
 from fedrec.models.recommender import learnt, to_torch
-from fedrec.params import Array
+from fedrec.params import Array, Params
 from fedrec.server import optimizer
 from fedrec.server.judge import initial
 from fedrec.server.popular import with_popularity
@@ -65,7 +65,7 @@ def pretrain(
         vectors=public_vectors(experiment, dataset.catalog, first.n_items, source),
         carried={} if source is None else carried(source),
     )  # fmt: skip
-    params = {**initial(config, first.n_items, recipe), **recipe.carried}
+    params: Params = {**initial(config, first.n_items, recipe), **recipe.carried}
     low, high = resolve(dataset.log, first.train)
     eligible = np.flatnonzero(high > low)
     if len(eligible) == 0:
