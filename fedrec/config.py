@@ -54,6 +54,8 @@ class StartConfig(_Settings):
     ages: bool = False
     """Read the year at the end of a title as an age: the newest year of the first slice's items stands for the newest
     one of the release's, so that what was new there and what is new here are alike."""
+    confidence: float = Field(default=1.0, gt=0, le=1)
+    """Factor on the scores that begin so: how far what was learnt elsewhere is believed, beside `popularity_weight`."""
 
 
 class StreamSplit(_Settings):

@@ -127,7 +127,7 @@ def live(
         guard = OverheardGuard(**{f.name: getattr(made, f.name) for f in fields(made)}, ear=ear)
     source = source_of(experiment)
     vectors = public_vectors(experiment, catalog, slices[0].n_items, source)
-    start = {} if source is None else carried(source)
+    start = carried(experiment, source)
     recipe = Recipe(experiment, digest, time.perf_counter, guard, vectors=vectors, carried=start)
     state = ServerState(f"{experiment.name}/audit", experiment.digest(), digest)
     link = GridLink(InProcessGrid(client_app(lambda context: pool, lambda context: SIMULATION), [{}], {}))

@@ -63,7 +63,7 @@ def pretrain(
     recipe = Recipe(
         experiment, dataset.catalog.digest(), lambda: 0.0,
         vectors=public_vectors(experiment, dataset.catalog, first.n_items, source),
-        carried={} if source is None else carried(source),
+        carried=carried(experiment, source),
     )  # fmt: skip
     params: Params = {**initial(config, first.n_items, recipe), **recipe.carried}
     low, high = resolve(dataset.log, first.train)

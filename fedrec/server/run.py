@@ -262,7 +262,7 @@ def run_experiment(
     recipe = Recipe(
         experiment, dataset.catalog.digest(), clock, local=local_mode(experiment),
         vectors=public_vectors(experiment, dataset.catalog, slices[0].n_items, source),
-        carried={} if source is None else carried(source),
+        carried=carried(experiment, source),
     )  # fmt: skip
     with ExitStack() as stack:
         if isinstance(experiment.privacy, UserLevelPrivacy):

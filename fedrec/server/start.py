@@ -73,11 +73,15 @@ def check_context(experiment: Experiment, dataset: Dataset) -> None:
         )
 
 
-def carried(release: Release) -> dict[str, Array]:
-    """Return the parameters that mean the same for any items: all but the rows."""
-    config: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(release.manifest.model)
+def carried(experiment: Experiment, source: Release | None) -> dict[str, Array]:
+    """Return the parameters that mean the same for any items: all but the rows, the last norm by the confidence."""
+    if source is None or experiment.start is None:
+        return {}
+    config: AnyModelConfig = TypeAdapter(ModelConfig).validate_python(source.manifest.model)
     rows = MODELS[type(config)].row_names
-    return {name: value for name, value in release.params.items() if name not in rows}
+    found = {name: value for name, value in source.params.items() if name not in rows}
+    weighed = {name: found[name] * np.float32(experiment.start.confidence) for name in ("norm.weight", "norm.bias")}
+    return {**found, **weighed}
 
 
 def public_vectors(
