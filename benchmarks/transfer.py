@@ -58,7 +58,7 @@ def transfer(source: str, elsewhere: str, setting: Setting) -> list[Row]:
     rows += estimate(f"{head}, no round and no count here", alone)
     bound = round(float(popular.mean()), 5)
     rows.append(
-        setting.judge(f"{head}, no round and no count here, against popularity", alone.mean(), UNIT, ">=", bound)
+        setting.judge(f"{head}, no round and no count here, against popularity", float(alone.mean()), UNIT, ">=", bound)
     )
     rows += _counted(head, here, dataset, popular, setting)
     for n in BUDGETS[:1] if setting.quick else BUDGETS:
