@@ -15,6 +15,7 @@ from fedrec.client.app import client_app
 from fedrec.client.pool import LogPool
 from fedrec.client.shelf import FolderShelf, MemoryShelf, Shelf
 from fedrec.config import Experiment
+from fedrec.data.sources import load_dataset
 from fedrec.grid.in_process import InProcessGrid
 from fedrec.models.freeze import trainable
 from fedrec.params import Params, n_bytes
@@ -36,7 +37,7 @@ from fedrec.server.run import cut
 from fedrec.server.secure import secure_gather
 from fedrec.server.start import public_vectors, source_of
 from fedrec.server.state import ServerState
-from tests.support import PoolLink, dataset_of, merged, same_bytes, small_document, small_rows
+from tests.support import PoolLink, dataset_of, merged, same_bytes, small_document, small_project, small_rows
 
 DATASET = dataset_of(small_rows())
 MODEL: dict[str, Any] = {
@@ -279,3 +280,30 @@ def test_a_node_that_lost_its_shelf_in_the_middle_of_a_masked_sum_stays_in_it() 
     assert (secure.refused, secure.offenders, secure.n_clients) == ((), (), plain.n_clients)
     np.testing.assert_allclose(secure.sums["counts"], plain.sums["counts"], atol=0.01)
     assert frozen(params) < secure.bytes_down
+
+
+def test_nodes_of_a_simulation_share_a_folder_and_processes_that_come_and_go_find_it(tmp_path: Path) -> None:
+    from fedrec.client.app import _partition, app
+
+    toml = small_project(tmp_path, model=MODEL, training__cohort__expected=25.0)
+    settings = Experiment.find(str(toml))
+    partitions = [{"partition-id": place, "num-partitions": NODES} for place in range(NODES)]
+    link = GridLink(InProcessGrid(app, partitions, {"experiment": str(toml), "out": str(tmp_path / "runs")}))
+    dataset = load_dataset(settings.data.source)
+    base = cut(settings, dataset)[0]
+    vectors = public_vectors(settings, dataset.catalog, base.n_items, source_of(settings))
+    recipe = Recipe(settings, dataset.catalog.digest(), lambda: 0.0, vectors=vectors)
+    params = initial(settings.model, base.n_items, recipe)
+    found = []
+    for one in (link, Whole(dataset, NODES)):
+        state = ServerState("small/001", settings.digest(), recipe.catalog_digest, params=params)
+        roster = take_census(one, base.train, recipe)
+        for _ in range(2):
+            state, _ = run_round(state, one, recipe, base, roster)
+            _partition.cache_clear()  # as in another process
+        found.append(state)
+    assert same_bytes(found[0].params, found[1].params)
+    assert [record["refused"] for record in found[0].rounds] == [[], []]
+    named = {path.name: path.stat().st_size for path in (tmp_path / "runs" / "tensors").iterdir()}
+    first, second = records(found[0], "bytes_down")
+    assert first - second > 0.9 * NODES * sum(named.values()) > 0
