@@ -76,9 +76,16 @@ def estimate(what: str, values: NDArray[np.float64], unit: str = "NDCG@10") -> l
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the 95 % percentile interval of the mean over people, Poisson bootstrap."""
-    draws = Key.from_seed(0).child("bootstrap").numpy().poisson(1.0, (REPLICATES, len(values)))
-    means = draws @ values / np.maximum(draws.sum(1), 1)
+    """Return the 95 % percentile interval of the mean, Poisson bootstrap over people.
+
+    Args:
+        values: [q] of people; or [s, q] of seeds and people, and seeds are drawn with replacement as well.
+    """
+    generator = Key.from_seed(0).child("bootstrap").numpy()
+    draws = generator.poisson(1.0, (REPLICATES, values.shape[-1]))
+    means = draws @ np.atleast_2d(values).T / np.maximum(draws.sum(1), 1)[:, None]  # [replicate, seed]
+    seeds = generator.integers(0, means.shape[1], means.shape)
+    means = np.take_along_axis(means, seeds, 1).mean(1)
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 

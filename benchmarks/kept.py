@@ -19,11 +19,12 @@ from fedrec.errors import RunError
 from fedrec.grid.simulate import simulate
 from fedrec.models.configs import AnyModelConfig
 from fedrec.server.files import write_atomically
+from fedrec.server.pretrain import pretrain
 from fedrec.server.registry import Registry
 from fedrec.server.release import Release
 from fedrec.server.run import RunFolder
 
-SECONDS = "seconds.json"
+SECONDS, DONE = "seconds.json", "done"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,14 @@ class Shelf:
             write_atomically(path, json.dumps({"name": name, "figures": make()}).encode())
         found: dict[str, float] = json.loads(path.read_text("utf-8"))["figures"]
         return found
+
+    def public(self, experiment: Experiment, dataset: Dataset) -> Path:
+        """Return the registry of a model that is pre-trained on this data as public data."""
+        registry = self.folder / experiment.digest()[:16] / dataset.log.digest()[:8] / "public"
+        if not (registry / DONE).exists():
+            pretrain(experiment, dataset, Registry(registry))
+            (registry / DONE).touch()
+        return registry
 
 
 @contextmanager

@@ -57,8 +57,7 @@ def parts() -> dict[str, Measure]:
             found[f"table/{source}/{kind}"] = partial(_personal, source, kind)
     found["best/ml-1m"] = best
     for source, elsewhere in (("ml-100k", "ml-1m"), ("ml-1m", "ml-100k")):
-        for shape in ("narrow", "wide"):
-            found[f"adapters/{source}/{shape}"] = partial(foundation.adapters, source, elsewhere, f" ({shape})")
+        found[f"adapters/{source}"] = partial(foundation.adapters, source, elsewhere)
     found["newcomers/ml-1m"] = partial(foundation.newcomers, "ml-1m")
     found["transfer/movietweetings-100k"] = partial(transfer, "movietweetings-100k", "ml-1m")
     return found

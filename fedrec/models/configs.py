@@ -175,16 +175,16 @@ class TextTransformerConfig(_Attention):
     train: Literal["all", "top", "adapters", "ffa", "head"] = "all"
     """What rounds train and updates carry: everything but the text; the `top` highest blocks and the head; the adapters
     with all that is small (biases, norms, recencies, the items' own numbers); for training under noise, the same with
-    the adapters' outward halves alone (FFA-LoRA) and without the projection's bias; or the head alone: the items' own
-    numbers, their mixing and the last norm."""
+    only that half of each adapter that is 0 at first (FFA-LoRA) and without the projection's bias; or the head alone:
+    the items' own numbers, their mixing and the last norm."""
     top: int = Field(default=1, ge=1)
     """How many blocks are trained with train = "top"."""
 
     @property
     def reach(self) -> float:
-        """Length of the adapters' inward rows.
+        """Length of what is drawn of adapters, see `fedrec.models.layers.Adapted`.
 
-        Adam moves all numbers by about the same; where the outward halves alone are trained, long rows make a step of
+        Adam moves all numbers by about the same; where one half alone is trained, a long other half makes a step of
         those few move a layer about as far as a step of all its weights would.
         """
         return 6.0 if self.train == "ffa" else 1.0

@@ -12,8 +12,9 @@ PRIOR = "popularity"
 """[n, 1] logarithms of the released counts in a model of sequences: never trained, filled in as a slice begins."""
 _SMALL = frozenset({"residual", "start", "moment"})
 _SMALL_ENDS = (".up", ".bias", ".recency", "norm.weight", "norm1.weight", "norm2.weight")
-_SAME_FOR_ALL = "projection.bias"
-"""Moves every item alike, so it hardly tells items apart; yet its gradient would take a third of a clipped update."""
+_NOT_UNDER_NOISE = frozenset({"projection.bias", "projection.up"})
+"""The bias moves every item alike, so it hardly tells items apart; yet its gradient would take a third of a clipped
+update. Of the projection the inward half is trained, see `Adapted`."""
 _HEAD = frozenset({"residual", "mix", "moment", "norm.weight", "norm.bias"})
 
 
@@ -33,9 +34,9 @@ def trains(config: AnyModelConfig, name: str) -> bool:
         return True
     small = name in _SMALL or name.endswith(_SMALL_ENDS)
     if config.train == "adapters":
-        return small or name.endswith(".down")
+        return small or name == "mix" or name.endswith(".down")
     if config.train == "ffa":
-        return small and name != _SAME_FOR_ALL
+        return (small and name not in _NOT_UNDER_NOISE) or name == "projection.down"
     if name in _HEAD:
         return True
     lowest = config.blocks - config.top if config.train == "top" else config.blocks

@@ -176,28 +176,30 @@ class Linear(nn.Module):
 
 
 class Adapted(Linear):
-    """A linear layer with a low-rank term beside it: ``x W^T + b + (x D^T) U^T``, U = 0 at first.
+    """A linear layer with a low-rank term beside it: ``x W^T + b + (x D^T) U^T``, one half of which is 0 at first.
 
-    For training under noise D can stay as drawn (train = "ffa"): U and D would multiply two noises, and D is half of
-    the numbers.
+    For training under noise the other half can stay as it is (train = "ffa"): U and D would multiply two noises, and
+    the directions that it spans can be those in which public data learns, see `fedrec.models.adapters`.
 
-    Source: Hu et al., ICLR 2022 (LoRA), equation 3, with alpha = r; D as drawn: Sun et al., ICLR 2024 (FFA-LoRA).
+    Source: Hu et al., ICLR 2022 (LoRA), equation 3, with alpha = r; one half fixed: Sun et al., ICLR 2024 (FFA-LoRA).
     """
 
-    def __init__(self, n_in: int, n_out: int, key: Key, rank: int, reach: float = 1.0) -> None:
-        """Draw weight and D from `key`; a row of D is about `reach` long."""
+    def __init__(self, n_in: int, n_out: int, key: Key, rank: int, reach: float = 1.0, outward: bool = False) -> None:
+        """Draw weight and D from `key`, its rows about `reach` long; or if `outward` U, its columns so long."""
         super().__init__(n_in, n_out, key)
-        self.down = nn.Parameter(normal(key.child("down"), (rank, n_in), reach * n_in**-0.5))
-        self.up = nn.Parameter(torch.zeros(n_out, rank))
+        drawn = (n_out, rank) if outward else (rank, n_in)
+        half = nn.Parameter(normal(key.child("down"), drawn, reach * (n_out if outward else n_in) ** -0.5))
+        self.down = nn.Parameter(torch.zeros(rank, n_in)) if outward else half
+        self.up = half if outward else nn.Parameter(torch.zeros(n_out, rank))
 
     def forward(self, x: Float[Tensor, "*b l i"]) -> Float[Tensor, "*c l o"]:
         """Apply both terms."""
         return linear(x, self.weight, self.bias) + product(product(x, self.down), self.up)
 
 
-def make_linear(n_in: int, n_out: int, key: Key, rank: int, reach: float = 1.0) -> Linear:
+def make_linear(n_in: int, n_out: int, key: Key, rank: int, reach: float = 1.0, outward: bool = False) -> Linear:
     """Return a linear layer, with adapters of this rank unless it is 0, see `Adapted`."""
-    return Adapted(n_in, n_out, key, rank, reach) if rank else Linear(n_in, n_out, key)
+    return Adapted(n_in, n_out, key, rank, reach, outward) if rank else Linear(n_in, n_out, key)
 
 
 class LayerNorm(nn.Module):

@@ -35,7 +35,7 @@ class TextTransformer(Transformer):
         self.text = nn.Parameter(torch.zeros(self.n_items, rank))
         self.residual = nn.Parameter(torch.zeros(self.n_items, own))
         self.mix = nn.Parameter(normal(key.child("mix"), (dim, own), own**-0.5))
-        self.projection = make_linear(rank, dim, key.child("projection"), c.lora, c.reach)
+        self.projection = make_linear(rank, dim, key.child("projection"), c.lora, c.reach, outward=True)
         with torch.no_grad():  # texts have length 1, so the first vectors are as long as fresh ones of any item
             self.projection.weight.copy_(normal(key.child("projection"), (dim, rank), INITIAL))
 

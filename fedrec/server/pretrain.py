@@ -12,10 +12,12 @@ from fedrec.data.batches import Cohort, draw
 from fedrec.data.cleaning import Dataset
 from fedrec.data.slices import resolve
 from fedrec.errors import ConfigError, RunError
+from fedrec.models.adapters import laid
 from fedrec.models.build import restore
-from fedrec.models.configs import SequenceConfig
+from fedrec.models.configs import SequenceConfig, TextTransformerConfig
 from fedrec.models.recommender import learnt, to_torch
 from fedrec.params import Array, Params
+from fedrec.random import Key
 from fedrec.server import optimizer
 from fedrec.server.judge import initial
 from fedrec.server.popular import with_popularity
@@ -27,6 +29,8 @@ from fedrec.server.sampling import sample
 from fedrec.server.start import carried, public_vectors, source_of
 from fedrec.server.state import ServerState
 
+ASKED, BLOCK = 1024, 64
+"""People whose gradient lays the adapters, and how many at once."""
 STATEMENT = "Trained by the server on public data, which nothing protects: no client took part."
 
 
@@ -41,6 +45,9 @@ def pretrain(
     One step is what one federated round with a single local step of rate 1 and no clipping would be: the people of a
     cohort, one batch of each, the server's optimizer. It costs less, for no person's gradient is made alone.
 
+    Of a text transformer with adapters (`model.lora`) and train = "all" the weights are trained; the adapters are then
+    laid where the same data would move the weights if the items were unknown, see `fedrec.models.adapters`.
+
     Args:
         experiment: the same settings as for `fedrec simulate`; `training.base.rounds` counts steps.
         dataset: public interactions.
@@ -51,6 +58,7 @@ def pretrain(
         ConfigError: the model is not one of sequences, or the experiment is private.
         RunError: nobody has anything to train on, or the loss is not finite.
     """
+    asked, experiment = experiment, _without_adapters(experiment)
     config, training = experiment.model, experiment.training
     if not isinstance(config, SequenceConfig):
         raise ConfigError(f'Pre-training fits models of sequences; model.kind = "{config.kind}" is not one of them.')
@@ -96,15 +104,37 @@ def pretrain(
                 value.copy_(torch.from_numpy(new[name]))
         average = optimizer.averaged(average, new, training.average, step)
         say(step, float(loss.detach()))
+    params = {**params, **(average or {name: value.detach().numpy() for name, value in own.items()})}
+    if isinstance(asked.model, TextTransformerConfig) and asked is not experiment:
+        params = laid(asked.model, params, _gradient(config, params, everyone, key.child("adapters")))
     return registry.publish(
-        {**params, **(average or {name: value.detach().numpy() for name, value in own.items()})},
+        params,
         dataset.catalog.prefix(first.n_items),
-        run=f"pretrain-{experiment.name}-{experiment.digest()[:8]}",
+        run=f"pretrain-{asked.name}-{asked.digest()[:8]}",
         slice=0,
         parent=None,
-        model=config.model_dump(mode="json"),
-        experiment=experiment.model_dump(mode="json"),
-        experiment_digest=experiment.digest(),
+        model=asked.model.model_dump(mode="json"),
+        experiment=asked.model_dump(mode="json"),
+        experiment_digest=asked.digest(),
         metrics={},
         privacy={"statement": STATEMENT, "unit": None, "epsilon": None, "delta": None},
     )
+
+
+def _without_adapters(experiment: Experiment) -> Experiment:
+    """Return the experiment as its weights are trained; itself if there are no adapters, or they are what is trained."""
+    model = experiment.model
+    if not isinstance(model, TextTransformerConfig) or not model.lora or model.train != "all":
+        return experiment
+    return experiment.model_copy(update={"model": model.model_copy(update={"lora": 0})})
+
+
+def _gradient(config: SequenceConfig, params: Params, everyone: Cohort, key: Key) -> Params:
+    """Return the mean gradient of the loss where no item has numbers of its own: as where nothing is known of them."""
+    unknown = {**params, "residual": np.zeros_like(params["residual"])}
+    model = restore(config, len(params["residual"]), unknown).train()
+    some = np.sort(key.child("people").numpy().permutation(len(everyone))[:ASKED])
+    for start in range(0, len(some), BLOCK):
+        batch = draw(everyone.take(some[start : start + BLOCK]), model.spec, model.n_items, key.child("batch", start))
+        (model(to_torch(batch)).sum() / len(some)).backward()
+    return {name: value.grad.numpy() for name, value in learnt(model).items() if value.grad is not None}

@@ -42,6 +42,10 @@ def test_intervals_hold_the_mean_and_one_seed_is_said_to_be_one() -> None:
     low, high = interval(np.array([0.0, 1.0] * 200))
     assert low < 0.5 < high
     assert high - low < 0.15
+    alike = np.tile([0.0, 1.0], (2, 200))
+    assert interval(alike) == (low, high)
+    low, high = interval(np.stack([alike[0], alike[0] + 1.0]))  # seeds that differ by more than people
+    assert (low, high) == pytest.approx((0.5, 1.5), abs=0.08)
     assert [row.what for row in over_seeds("x", [0.1], "u")] == ["x (1 seed)"]
     assert len(over_seeds("x", [0.1, 0.3], "u")) == 2
     spread = standardised(np.array([[1.0, 3.0], [2.0, 2.0]], np.float32))

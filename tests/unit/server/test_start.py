@@ -13,6 +13,7 @@ from fedrec.config import Experiment
 from fedrec.data.features import item_features
 from fedrec.errors import ConfigError, RegistryError
 from fedrec.grid.simulate import simulate
+from fedrec.models.adapters import LENGTH
 from fedrec.models.portable import score
 from fedrec.server.pretrain import pretrain
 from fedrec.server.registry import Registry
@@ -133,6 +134,33 @@ def test_the_server_pre_trains_on_public_data_and_a_run_elsewhere_begins_from_it
     ours = Registry(tmp_path / "r").load()
     assert np.array_equal(made.params["projection.weight"], ours.params["projection.weight"])
     assert pretrain(experiment(**steps), ELSEWHERE, Registry(tmp_path / "p")).version == made.version  # the same bytes
+
+
+def test_pre_training_lays_adapters_without_moving_what_the_weights_say(tmp_path: Path) -> None:
+    steps: dict[str, Any] = {"training": {"base": {"rounds": 5}}}
+    plain = pretrain(experiment(**steps), ELSEWHERE, Registry(tmp_path / "p"))
+    beside = pretrain(experiment(model={"lora": 2}, **steps), ELSEWHERE, Registry(tmp_path / "b"))
+    none = experiment(
+        model={"lora": 2}, start={"registry": str(tmp_path / "p")}, training={"base": {"rounds": 0, "warmup": 0}}
+    )
+    later = pretrain(none, ELSEWHERE, Registry(tmp_path / "l"))
+    for release in (beside, later):
+        for name in ("projection.weight", "blocks.0.widen.weight", "position"):
+            assert np.array_equal(release.params[name], plain.params[name])
+        down = release.params["blocks.0.widen.down"]
+        np.testing.assert_allclose(down @ down.T, LENGTH**2 * np.eye(2), atol=1e-4)
+        assert not release.params["blocks.0.widen.up"].any()
+        assert not np.array_equal(release.params["mix"], plain.params["mix"])
+    wanted = experiment(
+        model={"lora": 2, "train": "ffa"}, start={"registry": str(tmp_path / "b")}, training={"average": 0.0}
+    )
+    simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=HERE)
+    ours = Registry(tmp_path / "r").load().params
+    assert np.array_equal(ours["blocks.0.widen.down"], beside.params["blocks.0.widen.down"])
+    assert np.array_equal(ours["projection.up"], beside.params["projection.up"])
+    assert ours["projection.down"].any()
+    trained = pretrain(experiment(model={"lora": 2, "train": "adapters"}, **steps), ELSEWHERE, Registry(tmp_path / "a"))
+    assert trained.params["blocks.0.widen.up"].any()  # then they are what is trained
 
 
 def test_pre_training_refuses_what_it_would_not_do(tmp_path: Path) -> None:

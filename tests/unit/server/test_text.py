@@ -41,9 +41,9 @@ def test_frozen_tensors_stay_bit_for_bit_and_new_items_have_their_vectors_at_onc
     registry = Registry(tmp_path / "r")
     first, last = registry.load(1).params, registry.load("newest").params
     trained = set(trainable(wanted.model, first))
-    assert {"residual", "blocks.0.widen.up", "projection.up"} <= trained
-    assert not trained & {PUBLIC, "projection.weight", "position", "mix", "blocks.0.widen.weight"}
-    both = {"blocks.0.widen.down", "projection.down", "projection.bias"}
+    assert {"residual", "blocks.0.widen.up", "projection.down"} <= trained
+    assert not trained & {PUBLIC, "projection.weight", "position", "blocks.0.widen.weight"}
+    both = {"blocks.0.widen.down", "projection.up", "projection.bias", "mix"}
     assert trained & both == (both if train == "adapters" else set())
     n = len(first[PUBLIC])
     assert n < len(last[PUBLIC])
@@ -77,12 +77,12 @@ def test_a_private_run_charges_and_noises_what_is_trained_alone(tmp_path: Path) 
     document, _ = simulate(wanted, runs=tmp_path, registry=tmp_path / "r", dataset=DATASET)
     assert document["totals"]["epsilon"] <= 8.0
     params = Registry(tmp_path / "r").load(1).params
-    assert params["projection.up"].std() > 0
+    assert params["projection.down"].std() > 0
     assert params["residual"].all()  # noise on every row
     fresh = get_params(
         build(wanted.model, len(params[PUBLIC]), Key.from_seed(wanted.seed).child("model", wanted.model.kind))
     )
-    for name in ("projection.weight", "projection.bias", "projection.down", "blocks.0.widen.down"):
+    for name in ("projection.weight", "projection.bias", "projection.up", "mix", "blocks.0.widen.down"):
         assert np.array_equal(params[name], fresh[name]), name  # and none on what is frozen
 
 
