@@ -32,12 +32,12 @@ LEARNT = 1000
 FITTED = {"ml-100k": 1500, "ml-1m": 300}
 """Rounds of adapters and of full fine-tuning."""
 WAYS = ("full fine-tuning", "adapters")
-RANKS = {"ml-100k": 4, "ml-1m": 8}
+RANKS = {"ml-100k": 4, "ml-1m": 24}
 """Of the adapters: more people bear more numbers."""
-PRIVATE = {"ml-100k": (60, 256), "ml-1m": (20, 1024)}
+PRIVATE = {"ml-100k": (60, 256), "ml-1m": (60, 1024)}
 """Rounds and expected cohort of fits under noise."""
 STEP = 1e-2
-"""The server's step size under noise: the best of those tried for either way (docs/models.md), by the validation item."""
+"""The server's step size under noise: the best tried for either way (docs/models.md), by the validation item."""
 SEEN = 1
 """Runs of this seed were looked at while settings were chosen, so measurements begin with the next."""
 TRAINED = 3

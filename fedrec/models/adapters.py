@@ -1,4 +1,4 @@
-"""Adapters that lie where public data learns: directions cost a server no privacy, and most others carry noise alone."""
+"""Adapters that lie where public data learns: its directions cost no privacy, and most others carry noise alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fedrec.models.configs import TextTransformerConfig
 from fedrec.params import Array, Params
 
 LENGTH = 3.0
-"""Of every direction; Adam moves numbers by about the same, so it says how far a step moves a layer (docs/models.md)."""
+"""Of every direction; Adam moves numbers by about the same, so it says how far a step moves a layer."""
 
 
 def laid(config: TextTransformerConfig, params: Params, gradient: Params) -> dict[str, Array]:

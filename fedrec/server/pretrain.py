@@ -122,7 +122,7 @@ def pretrain(
 
 
 def _without_adapters(experiment: Experiment) -> Experiment:
-    """Return the experiment as its weights are trained; itself if there are no adapters, or they are what is trained."""
+    """Return the experiment as its weights are trained; itself if no adapters are to be laid beside them."""
     model = experiment.model
     if not isinstance(model, TextTransformerConfig) or not model.lora or model.train != "all":
         return experiment
