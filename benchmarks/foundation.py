@@ -32,8 +32,8 @@ LEARNT = 1000
 FITTED = {"ml-100k": 1500, "ml-1m": 300}
 """Rounds of adapters and of full fine-tuning."""
 WAYS = ("full fine-tuning", "adapters")
-RANKS = {"ml-100k": 4, "ml-1m": 24}
-"""Of the adapters: more people bear more numbers."""
+RANKS = {("ml-100k", False): 8, ("ml-100k", True): 4, ("ml-1m", False): 24, ("ml-1m", True): 24}
+"""Of the adapters, by whether there is noise: more people bear more numbers."""
 PRIVATE = {"ml-100k": (60, 256), "ml-1m": (60, 1024)}
 """Rounds and expected cohort of fits under noise."""
 STEP = 1e-2
@@ -81,19 +81,20 @@ Measure = Callable[[Setting], list[Row]]
 def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
     """Begin with weights of another domain; train everything, or adapters alone, without and with privacy."""
     dataset = load_dataset(source)
-    starts = beginnings(source, elsewhere, setting)
+    plain, along = beginnings(source, elsewhere, setting)
     rounds = 60 if setting.quick else FITTED[source]
     seeds = [SEEN + seed for seed in setting.seeds]
     found: dict[str, list[Made]] = {}
     under: dict[str, list[Made]] = {}
     for way in WAYS:
-        begin = {"model": fitted(source, way), "start": starts[way]}
+        begin = {"model": fitted(source, way), "start": plain}
+        noised = along if way == "adapters" else plain
         found[way] = [
             setting.shelf.run(experiment_for(source, "text_transformer", rounds, seed=seed, **begin), dataset)
             for seed in seeds[:TRAINED]
         ]
         under[way] = [  # the seed is that of the noise, and of who takes part
-            setting.shelf.run(private(source, way, seed, starts[way], setting.quick), dataset) for seed in seeds
+            setting.shelf.run(private(source, way, seed, noised, setting.quick), dataset) for seed in seeds
         ]
     rows: list[Row] = []
     for way in WAYS:
@@ -103,7 +104,7 @@ def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
         rows += _sent(f"{head}, without privacy", found[way][0], setting if way == "adapters" else None)
         rows += _sent(f"{head}, epsilon {EPSILON:g}", under[way][0], setting if way == "adapters" else None)
         rows.append(Row(f"{head}, processor time", found[way][0].seconds, "s"))
-    here = experiment_for(source, "text_transformer", 0, model=SHARED, start=starts["full fine-tuning"])
+    here = experiment_for(source, "text_transformer", 0, model=SHARED, start=plain)
     rows.append(Row(f"{source}: from {elsewhere}, no round here", setting.shelf.run(here, dataset).value(), UNIT))
     rows.append(Row(f"{source}: popularity", found["adapters"][0].value("popularity"), UNIT))
     return [*rows, *_kept(source, found, dataset, setting), *_ahead(source, under, dataset, setting)]
@@ -142,20 +143,20 @@ def _each(made: list[Made], dataset: Dataset) -> NDArray[np.float64]:
     return np.stack([gains(scores_of(one.model, one.release.params, n, asked), asked) for one in made])
 
 
-def beginnings(source: str, elsewhere: str, setting: Setting) -> dict[str, dict[str, str]]:
-    """Return the table [start] of each way: the same weights, and for adapters where those lie."""
+def beginnings(source: str, elsewhere: str, setting: Setting) -> tuple[dict[str, str], dict[str, str]]:
+    """Return tables [start]: of what was learnt elsewhere, and of the same with adapters that lie where it was."""
     public, rounds = load_dataset(elsewhere), 60 if setting.quick else LEARNT
     learnt = experiment_for(elsewhere, "text_transformer", rounds, model=SHARED)
     plain = {"registry": str(setting.shelf.public(learnt, public))}
-    along = {**SHARED, "lora": RANKS[source]}
-    beside = experiment_for(elsewhere, "text_transformer", 0, model=along, start=plain)
-    return {"full fine-tuning": plain, "adapters": {"registry": str(setting.shelf.public(beside, public))}}
+    adapted = {**SHARED, "lora": RANKS[source, True]}
+    beside = experiment_for(elsewhere, "text_transformer", 0, model=adapted, start=plain)
+    return plain, {"registry": str(setting.shelf.public(beside, public))}
 
 
 def fitted(source: str, way: str, noised: bool = False) -> dict[str, Any]:
     """Return the model's settings for a way of fine-tuning; under noise one half of each adapter alone."""
     if way == "adapters":
-        return {**SHARED, "train": "ffa" if noised else "adapters", "lora": RANKS[source]}
+        return {**SHARED, "train": "ffa" if noised else "adapters", "lora": RANKS[source, noised]}
     return {**SHARED, "train": "all"}
 
 
