@@ -87,7 +87,7 @@ def adapters(source: str, elsewhere: str, setting: Setting) -> list[Row]:
     found: dict[str, list[Made]] = {}
     under: dict[str, list[Made]] = {}
     for way in WAYS:
-        begin = {"model": fitted(source, way), "start": plain}
+        begin: dict[str, Any] = {"model": fitted(source, way), "start": plain}
         noised = along if way == "adapters" else plain
         found[way] = [
             setting.shelf.run(experiment_for(source, "text_transformer", rounds, seed=seed, **begin), dataset)

@@ -105,8 +105,9 @@ def pretrain(
         average = optimizer.averaged(average, new, training.average, step)
         say(step, float(loss.detach()))
     params = {**params, **(average or {name: value.detach().numpy() for name, value in own.items()})}
-    if isinstance(asked.model, TextTransformerConfig) and asked is not experiment:
-        params = laid(asked.model, params, _gradient(config, params, everyone, key.child("adapters")))
+    beside = asked.model
+    if isinstance(beside, TextTransformerConfig) and isinstance(config, TextTransformerConfig) and beside != config:
+        params = laid(beside, params, _gradient(config, params, everyone, key.child("adapters")))
     return registry.publish(
         params,
         dataset.catalog.prefix(first.n_items),
@@ -129,7 +130,7 @@ def _without_adapters(experiment: Experiment) -> Experiment:
     return experiment.model_copy(update={"model": model.model_copy(update={"lora": 0})})
 
 
-def _gradient(config: SequenceConfig, params: Params, everyone: Cohort, key: Key) -> Params:
+def _gradient(config: TextTransformerConfig, params: Params, everyone: Cohort, key: Key) -> Params:
     """Return the mean gradient of the loss where no item has numbers of its own: as where nothing is known of them."""
     unknown = {**params, "residual": np.zeros_like(params["residual"])}
     model = restore(config, len(params["residual"]), unknown).train()
