@@ -37,7 +37,7 @@ RANKS = {("ml-100k", False): 8, ("ml-100k", True): 4, ("ml-1m", False): 24, ("ml
 PRIVATE = {"ml-100k": (60, 256), "ml-1m": (60, 1024)}
 """Rounds and expected cohort of fits under noise."""
 STEP = 1e-2
-"""The server's step size under noise: the best tried for either way (docs/models.md), by the validation item."""
+"""The server's step size under noise, by the validation item (docs/models.md)."""
 SEEN = 1
 """Runs of this seed were looked at while settings were chosen, so measurements begin with the next."""
 TRAINED = 3
