@@ -45,6 +45,7 @@ def experiment_for(
     seed: int = 1,
     local_only: int = 0,
     model: dict[str, Any] | None = None,
+    rate: float = 2e-3,
     **changes: Any,
 ) -> Experiment:
     """Return the leave-one-out experiment of a model on a data set.
@@ -56,10 +57,11 @@ def experiment_for(
         seed: of the run.
         local_only: how many people the local-only row asks.
         model: changes of the model's settings.
+        rate: the server's step size, but for a factorisation.
         changes: tables of the experiment that are replaced.
     """
     made = kind in MADE
-    server = {"kind": "adam", "learning_rate": 0.05 if kind == "factorisation" else 2e-3}
+    server = {"kind": "adam", "learning_rate": 0.05 if kind == "factorisation" else rate}
     training: dict[str, Any] = {
         "average": 0.0 if made or kind == "factorisation" else 0.995,
         "cohort": {"kind": "poisson", "expected": float(COHORT.get(source, 64))},
