@@ -20,7 +20,7 @@ CONFIGS["blend of factorisation"] = BlendConfig(
 )
 EXACT = {
     "popularity", "spectral", "factorisation", "nearest", "lightgcn", "factorisation machine",
-    "blend of factorisation",
+    "blend of factorisation", "machine, full softmax, popularity",
 }  # fmt: skip
 HISTORIES = ([], [3], [1, 2, 3, 2, 7], [*range(20), 4, 5])
 
