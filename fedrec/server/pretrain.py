@@ -55,7 +55,8 @@ def pretrain(
         say: is told each step's number and mean loss.
 
     Raises:
-        ConfigError: the model is not one of sequences, or the experiment is private.
+        ConfigError: the model is not one of sequences, the experiment is private, or adapters are to have more
+            directions than there are.
         RunError: nobody has anything to train on, or the loss is not finite.
     """
     asked, experiment = experiment, _without_adapters(experiment)
@@ -127,6 +128,12 @@ def _without_adapters(experiment: Experiment) -> Experiment:
     model = experiment.model
     if not isinstance(model, TextTransformerConfig) or not model.lora or model.train != "all":
         return experiment
+    most = min(model.dim, model.features.rank)
+    if max(model.lora, model.residual) > most:
+        raise ConfigError(
+            f"Adapters are laid along at most {most} directions here, the smaller of model.dim and model.features.rank; "
+            f"lora is {model.lora} and residual {model.residual}."
+        )
     return experiment.model_copy(update={"model": model.model_copy(update={"lora": 0})})
 
 

@@ -166,7 +166,8 @@ def test_pre_training_lays_adapters_without_moving_what_the_weights_say(tmp_path
 def test_pre_training_refuses_what_it_would_not_do(tmp_path: Path) -> None:
     private = {"privacy": {"mode": "central", "epsilon": 8.0}}
     spectral = {"model": {"kind": "spectral"}, "training": {"statistics": {}, "base": {"rounds": 0}}}
-    for changes, words in ((private, "public data"), (spectral, "models of sequences")):
+    many = {"model": {"lora": 7}}
+    for changes, words in ((private, "public data"), (spectral, "models of sequences"), (many, "at most 6 directions")):
         with pytest.raises(ConfigError, match=words):
             pretrain(experiment(**changes), ELSEWHERE, Registry(tmp_path / "r"))
     assert not (tmp_path / "r").exists()
