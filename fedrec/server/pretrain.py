@@ -131,8 +131,8 @@ def _without_adapters(experiment: Experiment) -> Experiment:
     most = min(model.dim, model.features.rank)
     if max(model.lora, model.residual) > most:
         raise ConfigError(
-            f"Adapters are laid along at most {most} directions here, the smaller of model.dim and model.features.rank; "
-            f"lora is {model.lora} and residual {model.residual}."
+            f"Adapters are laid along at most {most} directions here, the smaller of model.dim and features.rank, "
+            f"but lora is {model.lora} and residual {model.residual}."
         )
     return experiment.model_copy(update={"model": model.model_copy(update={"lora": 0})})
 
